@@ -1,0 +1,226 @@
+//! The watch cache: every record in memory, and the changes as a resumable stream.
+//!
+//! # Guarantees
+//! - The state is that of the store at [`Cache::revision`], exactly; [`Cache::wait_for`] makes a read as fresh as needed.
+//! - A subscriber gets each change once and in order, or [`Lagged`](SubscriptionError) where it was too slow.
+//!
+//! # Failure and recovery
+//! A watch that ends is resumed; where the store no longer keeps the revision, everything is read afresh and the
+//! differences are published as changes, so that subscribers do not notice. [`Cache::is_fresh`] tells whether the watch runs.
+
+mod feed;
+mod state;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures::StreamExt;
+use hv_store::keys::Keys;
+use hv_store::{Change, KeyRange, KeyValue, RangeRequest, SharedStore, StoreError};
+use hv_types::{Revision, ServiceError};
+use parking_lot::RwLock;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+pub use feed::{Batch, Delta, Subscription, SubscriptionError};
+pub use state::{NodeEntry, State};
+
+use crate::error::Result;
+use feed::Feed;
+
+/// How many keys are read at once while the cache is filled.
+const FILL_PAGE: usize = 1000;
+/// How long a read waits for the cache before it gives up.
+const WAIT_LIMIT: Duration = Duration::from_secs(5);
+/// The pause before a watch that failed is tried again, at first and at most.
+const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+
+/// Every record in memory.
+pub struct Cache {
+    store: SharedStore,
+    keys: Keys,
+    inner: RwLock<Inner>,
+    revision: watch::Sender<Revision>,
+    fresh: AtomicBool,
+}
+
+struct Inner {
+    state: State,
+    feed: Feed,
+}
+
+impl Cache {
+    pub(crate) fn new(store: SharedStore, keys: Keys) -> Arc<Self> {
+        Arc::new(Self {
+            store,
+            keys,
+            inner: RwLock::new(Inner { state: State::default(), feed: Feed::new() }),
+            revision: watch::Sender::new(Revision(0)),
+            fresh: AtomicBool::new(false),
+        })
+    }
+
+    /// Reads the state. Keep it short: the store's changes wait meanwhile.
+    pub fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
+        look(&self.inner.read().state)
+    }
+
+    /// The revision that the state reflects.
+    #[must_use]
+    pub fn revision(&self) -> Revision {
+        *self.revision.borrow()
+    }
+
+    /// Whether the cache is filled and follows the store.
+    #[must_use]
+    pub fn is_fresh(&self) -> bool {
+        self.fresh.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the state reflects `revision`.
+    ///
+    /// # Errors
+    /// It does not within a few seconds: the store does not answer.
+    pub async fn wait_for(&self, revision: Revision) -> Result<()> {
+        let mut seen = self.revision.subscribe();
+        let reached = seen.wait_for(|now| *now >= revision);
+        match tokio::time::timeout(WAIT_LIMIT, reached).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(ServiceError::unavailable("this server has not caught up with the store; try again").into()),
+        }
+    }
+
+    /// Looks at the state and subscribes to everything after it, in one instant.
+    pub fn subscribe<T>(&self, look: impl FnOnce(&State) -> T) -> (T, Subscription) {
+        let inner = self.inner.read();
+        (look(&inner.state), inner.feed.subscribe())
+    }
+
+    /// Subscribes to everything from `from` (included) on.
+    ///
+    /// # Errors
+    /// The changes since then are no longer kept.
+    pub fn subscribe_from(&self, from: Revision) -> std::result::Result<Subscription, SubscriptionError> {
+        self.inner.read().feed.subscribe_from(from)
+    }
+
+    /// Fills the cache and follows the store until `stop`.
+    pub async fn run(&self, stop: CancellationToken) {
+        let mut pause = RETRY_PAUSE.0;
+        let mut from = None;
+        while !stop.is_cancelled() {
+            let outcome = tokio::select! {
+                () = stop.cancelled() => return,
+                outcome = self.follow(&mut from) => outcome,
+            };
+            self.fresh.store(false, Ordering::Relaxed);
+            if let Err(StoreError::Compacted { .. }) = &outcome {
+                from = None;
+            }
+            if let Err(error) = outcome {
+                warn!(error = hv_telemetry::error_chain(&error), "the watch of the store ended; it is resumed");
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+            pause = if self.is_fresh() { RETRY_PAUSE.0 } else { (pause * 2).min(RETRY_PAUSE.1) };
+        }
+    }
+
+    async fn follow(&self, from: &mut Option<Revision>) -> std::result::Result<(), StoreError> {
+        let start = match *from {
+            Some(revision) => revision,
+            None => Revision(self.fill().await?.0 + 1),
+        };
+        *from = Some(start);
+        // The whole store, not only our prefix: then every revision is seen, and waiting for one never stalls.
+        let mut watch = self.store.watch(KeyRange::Prefix(bytes::Bytes::new()), Some(start)).await?;
+        self.fresh.store(true, Ordering::Relaxed);
+        while let Some(events) = watch.next().await {
+            let events = events?;
+            self.apply(events.revision, events.changes);
+            *from = Some(Revision(events.revision.0 + 1));
+        }
+        Err(StoreError::Closed)
+    }
+
+    /// Reads everything and publishes the differences to what was known.
+    async fn fill(&self) -> std::result::Result<Revision, StoreError> {
+        let prefix = self.keys.all();
+        let mut state = State::default();
+        let mut at = None;
+        let mut start = prefix.clone();
+        let end = prefix_end(&prefix);
+        loop {
+            let request = RangeRequest {
+                keys: KeyRange::Between(start.clone(), end.clone()),
+                limit: FILL_PAGE,
+                at,
+                keys_only: false,
+            };
+            let page = self.store.range(request).await?;
+            let revision = *at.get_or_insert(page.revision);
+            if let Some(last) = page.kvs.last() {
+                start = [&last.key[..], &[0]].concat().into();
+            }
+            for kv in page.kvs {
+                self.put(&mut state, kv);
+            }
+            if !page.more {
+                self.replace(state, revision);
+                return Ok(revision);
+            }
+        }
+    }
+
+    fn replace(&self, state: State, revision: Revision) {
+        let mut inner = self.inner.write();
+        let deltas = inner.state.differences(&state);
+        debug!(%revision, changes = deltas.len(), "the cache was filled");
+        inner.state = state;
+        inner.state.revision = revision;
+        inner.feed.restart(revision);
+        inner.feed.publish(revision, deltas);
+        drop(inner);
+        self.revision.send_replace(revision);
+    }
+
+    fn apply(&self, revision: Revision, changes: Vec<Change>) {
+        let mut inner = self.inner.write();
+        let mut deltas = Vec::with_capacity(changes.len());
+        for change in changes {
+            match change {
+                Change::Put(kv) => deltas.extend(self.put(&mut inner.state, kv)),
+                Change::Deleted { key, .. } => deltas.extend(inner.state.delete(&self.keys.parse(&key))),
+            }
+        }
+        inner.state.revision = revision;
+        inner.feed.publish(revision, deltas);
+        drop(inner);
+        self.revision.send_replace(revision);
+    }
+
+    /// A record that cannot be read is left as it was known: one bad value must not stop the whole cluster.
+    fn put(&self, state: &mut State, kv: KeyValue) -> Vec<Delta> {
+        let key = kv.key.clone();
+        state.put(&self.keys.parse(&key), &kv).unwrap_or_else(|error| {
+            warn!(error = hv_telemetry::error_chain(&error), "a record is ignored");
+            Vec::new()
+        })
+    }
+}
+
+/// The first key after all that start with `prefix`, which ends with a slash.
+fn prefix_end(prefix: &bytes::Bytes) -> bytes::Bytes {
+    let mut end = prefix.to_vec();
+    if let Some(last) = end.last_mut() {
+        *last += 1;
+    }
+    end.into()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,156 @@
+//! Who leads: the owner of a leased key. What a leader writes carries the key's creation as a condition.
+//!
+//! # Guarantees
+//! A transaction with [`Leadership::guard`] among its conditions is refused once another server leads, however late it
+//! arrives. So it does no harm that a server may believe to lead for a while after it has ceased to.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use hv_proto::store::LeaderRecord;
+use hv_store::record::{decode_message, encode_message};
+use hv_store::{Change, Compare, KeyRange, LeaseId, Op, SharedStore, StoreError, StoreExt, Txn, TxnOutcome};
+use hv_types::Revision;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+/// The pause before a failed election is tried again.
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
+
+/// The proof of leading.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leadership {
+    key: bytes::Bytes,
+    /// When it was won.
+    pub since: Revision,
+}
+
+impl Leadership {
+    /// The condition that makes a transaction void once somebody else leads.
+    #[must_use]
+    pub fn guard(&self) -> Compare {
+        Compare::CreateRevision(self.key.clone(), self.since)
+    }
+}
+
+/// Takes part in an election.
+pub struct Election {
+    store: SharedStore,
+    key: bytes::Bytes,
+    server_id: String,
+    ttl: Duration,
+    leading: watch::Sender<Option<Leadership>>,
+}
+
+impl Election {
+    /// Takes part in the election for `key` under the name `server_id`; a leader that is silent for `ttl` is replaced.
+    #[must_use]
+    pub fn new(store: SharedStore, key: bytes::Bytes, server_id: &str, ttl: Duration) -> Arc<Self> {
+        let leading = watch::Sender::new(None);
+        Arc::new(Self { store, key, server_id: server_id.to_owned(), ttl, leading })
+    }
+
+    /// Whether this server leads, as it changes.
+    #[must_use]
+    pub fn leadership(&self) -> watch::Receiver<Option<Leadership>> {
+        self.leading.subscribe()
+    }
+
+    /// Campaigns until `stop`, then resigns.
+    pub async fn run(&self, stop: CancellationToken) {
+        while !stop.is_cancelled() {
+            if let Err(error) = self.term(&stop).await {
+                warn!(error = hv_telemetry::error_chain(&error), "the election failed; it is tried again");
+            }
+            self.leading.send_replace(None);
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = tokio::time::sleep(RETRY_PAUSE) => {}
+            }
+        }
+    }
+
+    /// Waits to be elected, then leads until that ends.
+    async fn term(&self, stop: &CancellationToken) -> Result<(), StoreError> {
+        let lease = self.store.lease_grant(self.ttl).await?;
+        let outcome = tokio::select! {
+            () = stop.cancelled() => Ok(()),
+            outcome = self.campaign_and_lead(lease) => outcome,
+        };
+        self.leading.send_replace(None);
+        // Without this the next leader would have to wait for the lease to run out.
+        if let Err(error) = self.store.lease_revoke(lease).await {
+            debug!(error = hv_telemetry::error_chain(&error), "the leader's lease was not revoked; it runs out");
+        }
+        outcome
+    }
+
+    async fn campaign_and_lead(&self, lease: LeaseId) -> Result<(), StoreError> {
+        let record = LeaderRecord { schema: hv_proto::convert::RECORD_SCHEMA, server_id: self.server_id.clone() };
+        loop {
+            let txn = Txn {
+                compares: vec![Compare::Absent(self.key.clone())],
+                then: vec![Op::put_leased(self.key.clone(), encode_message(&record), lease)],
+                otherwise_get: vec![self.key.clone()],
+            };
+            // The time before the request: the lease may have been renewed as early as that.
+            let renewed = Instant::now();
+            match self.store.txn(txn).await? {
+                TxnOutcome::Committed(since) => return self.lead(lease, since, renewed).await,
+                TxnOutcome::Refused(holder) => {
+                    let after = holder.into_iter().flatten().next().map(|kv| kv.mod_revision);
+                    self.wait_for_vacancy(lease, after).await?;
+                }
+            }
+        }
+    }
+
+    async fn lead(&self, lease: LeaseId, since: Revision, mut renewed: Instant) -> Result<(), StoreError> {
+        info!(server = self.server_id, "this server leads");
+        self.leading.send_replace(Some(Leadership { key: self.key.clone(), since }));
+        let mut tick = tokio::time::interval(self.ttl / 3);
+        loop {
+            tick.tick().await;
+            let attempt = Instant::now();
+            match self.store.lease_keep_alive(lease).await {
+                Ok(()) => renewed = attempt,
+                Err(error @ StoreError::LeaseNotFound(_)) => return Err(error),
+                Err(error) if renewed.elapsed() >= self.ttl => return Err(error),
+                Err(error) => warn!(error = hv_telemetry::error_chain(&error), "the leader's lease was not renewed"),
+            }
+        }
+    }
+
+    async fn wait_for_vacancy(&self, lease: LeaseId, after: Option<Revision>) -> Result<(), StoreError> {
+        let from = after.map(|revision| Revision(revision.0 + 1));
+        let mut watch = self.store.watch(KeyRange::Key(self.key.clone()), from).await?;
+        let mut tick = tokio::time::interval(self.ttl / 3);
+        loop {
+            tokio::select! {
+                _ = tick.tick() => self.store.lease_keep_alive(lease).await?,
+                events = watch.next() => match events {
+                    Some(events) => {
+                        if events?.changes.iter().any(|change| matches!(change, Change::Deleted { .. })) {
+                            return Ok(());
+                        }
+                    }
+                    None => return Err(StoreError::Closed),
+                },
+            }
+        }
+    }
+
+    /// The server that leads now, if any.
+    ///
+    /// # Errors
+    /// The store does not answer.
+    pub async fn leader(&self) -> Result<Option<String>, StoreError> {
+        match self.store.get(self.key.clone()).await? {
+            Some(kv) => Ok(Some(decode_message::<LeaderRecord>(&kv)?.server_id)),
+            None => Ok(None),
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! What happened: recorded beside the hot path, in batches, and kept up to a number.
+//!
+//! # Caveats
+//! Events are for people. They are written a moment after what they tell of, and are dropped (and counted) when they come
+//! faster than the store takes them; nothing decides by them.
+
+use std::time::{Duration, SystemTime};
+
+use hv_store::keys::Keys;
+use hv_store::record::Record;
+use hv_store::{KeyRange, Op, SharedStore, Txn};
+use hv_types::{Event, InstanceRecord, NodeRecord, Revision};
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::cache::Cache;
+
+/// How many events may wait to be written.
+const QUEUE_BOUND: usize = 4096;
+/// How many are written in one transaction.
+const BATCH: usize = 64;
+/// How long events are collected before they are written.
+const LINGER: Duration = Duration::from_millis(50);
+/// Old events are removed once there are so many more than are kept.
+const TRIM_SLACK: usize = 256;
+
+/// Records events.
+pub struct EventLog {
+    store: SharedStore,
+    keys: Keys,
+    limit: usize,
+    queue: mpsc::Sender<Event>,
+    pending: Mutex<Option<mpsc::Receiver<Event>>>,
+}
+
+/// What an event is about.
+#[derive(Clone, Copy)]
+pub enum About<'a> {
+    /// An instance.
+    Instance(&'a InstanceRecord),
+    /// A node.
+    Node(&'a NodeRecord),
+}
+
+impl EventLog {
+    pub(crate) fn new(store: SharedStore, keys: Keys, limit: usize) -> Self {
+        let (queue, pending) = mpsc::channel(QUEUE_BOUND);
+        Self { store, keys, limit, queue, pending: Mutex::new(Some(pending)) }
+    }
+
+    /// Records that `reason` happened to an object; `message` is for people.
+    pub fn record(&self, about: About<'_>, reason: &str, message: impl Into<String>, source: &str) {
+        self.push(about, reason, message.into(), source, false);
+    }
+
+    /// Records something that somebody should look at.
+    pub fn warn(&self, about: About<'_>, reason: &str, message: impl Into<String>, source: &str) {
+        self.push(about, reason, message.into(), source, true);
+    }
+
+    fn push(&self, about: About<'_>, reason: &str, message: String, source: &str, warning: bool) {
+        let (object_kind, object_id, object_name) = match about {
+            About::Instance(record) => ("instance", record.id.to_string(), record.name.clone()),
+            About::Node(record) => ("node", record.id.to_string(), record.hostname.clone()),
+        };
+        info!(object_kind, object_id, object_name, reason, source, warning, "{message}");
+        let event = Event {
+            id: uuid::Uuid::now_v7().to_string(),
+            at: SystemTime::now(),
+            object_kind: object_kind.into(),
+            object_id,
+            object_name,
+            reason: reason.into(),
+            message,
+            warning,
+            source: source.into(),
+            request_id: hv_telemetry::RequestId::current().map(|id| id.as_str().to_owned()).unwrap_or_default(),
+            revision: Revision::default(),
+        };
+        if self.queue.try_send(event).is_err() {
+            metrics::counter!("hypervisor_events_dropped_total").increment(1);
+        }
+    }
+
+    /// Writes events until `stop`, then what is left.
+    pub async fn run(&self, cache: &Cache, stop: CancellationToken) {
+        let Some(mut pending) = self.pending.lock().take() else { return };
+        loop {
+            let mut batch = Vec::with_capacity(BATCH);
+            tokio::select! {
+                biased;
+                taken = pending.recv_many(&mut batch, BATCH) => if taken == 0 { return },
+                () = stop.cancelled() => {
+                    while let Ok(event) = pending.try_recv() {
+                        batch.push(event);
+                    }
+                    for rest in batch.chunks(BATCH) {
+                        self.write(rest).await;
+                    }
+                    return;
+                }
+            }
+            self.write(&batch).await;
+            self.trim(cache).await;
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = tokio::time::sleep(LINGER) => {}
+            }
+        }
+    }
+
+    async fn write(&self, batch: &[Event]) {
+        let then = batch.iter().map(|event| Op::put(self.keys.event(&event.id), event.encode())).collect();
+        if let Err(error) = self.store.txn(Txn { then, ..Txn::default() }).await {
+            metrics::counter!("hypervisor_events_dropped_total").increment(batch.len() as u64);
+            warn!(error = hv_telemetry::error_chain(&error), count = batch.len(), "events were not recorded");
+        }
+    }
+
+    async fn trim(&self, cache: &Cache) {
+        let first_kept = cache.read(|state| {
+            (state.event_count() > self.limit + TRIM_SLACK)
+                .then(|| state.events_before(None).nth(self.limit.saturating_sub(1)).map(|event| event.id.clone()))
+                .flatten()
+        });
+        let Some(first_kept) = first_kept else { return };
+        let old = KeyRange::Between(self.keys.events(), self.keys.event(&first_kept));
+        if let Err(error) = self.store.txn(Txn { then: vec![Op::Delete(old)], ..Txn::default() }).await {
+            warn!(error = hv_telemetry::error_chain(&error), "old events were not removed; it is tried again");
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! The leader's slow work: what must become true sooner or later, whoever is interrupted in between.
+//!
+//! No input, idempotent, started by signal and by timer: each pass looks at the whole state and does what is missing.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hv_store::{Txn, TxnOutcome};
+use hv_types::node::Schedulability;
+use hv_types::{InstanceRecord, Wanted};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::cache::{Delta, State, SubscriptionError};
+use crate::election::Leadership;
+use crate::error::Result;
+use crate::events::About;
+use crate::{Cluster, nodes};
+
+/// Records changed per transaction.
+const BATCH: usize = 60;
+/// How long a pass may be delayed at most when nothing happens.
+const SLOW_TIMER: Duration = Duration::from_secs(30);
+/// The pause after a pass that failed.
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
+
+impl Cluster {
+    /// Reconciles while this server leads, until `stop`.
+    pub async fn run_reconciler(&self, mut leading: watch::Receiver<Option<Leadership>>, stop: CancellationToken) {
+        loop {
+            let Some(leadership) = leading.borrow_and_update().clone() else {
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    changed = leading.changed() => if changed.is_err() { return },
+                }
+                continue;
+            };
+            tokio::select! {
+                () = stop.cancelled() => return,
+                changed = leading.changed() => if changed.is_err() { return },
+                () = self.reconcile_while_leading(&leadership) => {}
+            }
+        }
+    }
+
+    async fn reconcile_while_leading(&self, leadership: &Leadership) {
+        loop {
+            let ((), mut changes) = self.cache.subscribe(|_| ());
+            let mut delay = SLOW_TIMER;
+            if let Err(error) = self.drain_nodes(leadership).await {
+                warn!(error = hv_telemetry::error_chain(error.service()), "draining failed; it is tried again");
+                delay = RETRY_PAUSE;
+            }
+            let needed = async {
+                loop {
+                    match changes.next().await {
+                        Ok(Some(batch)) if batch.deltas.iter().any(|d| matches!(d, Delta::Node { .. })) => return,
+                        Ok(Some(_)) => {}
+                        Ok(None) => std::future::pending().await,
+                        Err(SubscriptionError::Lagged | SubscriptionError::Expired) => return,
+                    }
+                }
+            };
+            // Whichever it is, everything is looked at afresh.
+            let _ = tokio::time::timeout(delay, needed).await;
+        }
+    }
+
+    /// Tells draining nodes to give up what can be moved.
+    async fn drain_nodes(&self, leadership: &Leadership) -> Result<()> {
+        self.cache.wait_for(leadership.since).await?;
+        loop {
+            self.sync().await?;
+            let moves = self.cache.read(released);
+            if moves.is_empty() {
+                return Ok(());
+            }
+            let mut txn = Txn { compares: vec![leadership.guard()], ..Txn::default() };
+            for (before, after) in &moves {
+                let (compare, op) = self.replace_instance(before, after);
+                txn.compares.push(compare);
+                txn.then.push(op);
+            }
+            if let TxnOutcome::Committed(revision) = self.store.txn(txn).await? {
+                self.cache.wait_for(revision).await?;
+                for (_, after) in &moves {
+                    self.events.record(About::Instance(after), "Moving", after.state_reason.clone(), "reconciler");
+                }
+            }
+        }
+    }
+}
+
+/// What draining nodes are to give up and have not been told to yet.
+fn released(state: &State) -> Vec<(Arc<InstanceRecord>, InstanceRecord)> {
+    let draining = state.nodes().filter(|(node, _)| node.schedulability == Schedulability::Draining);
+    draining
+        .flat_map(|(node, _)| state.instances_on(&node.id).map(move |record| (node, record)))
+        .filter(|(_, record)| record.wanted != Wanted::Deleted)
+        .filter(|(_, record)| record.binding.as_ref().is_some_and(|binding| !binding.release))
+        .filter(|(node, record)| nodes::stays(record, node.drain_discards_disks).is_none())
+        .map(|(node, record)| {
+            let mut after = InstanceRecord::clone(record);
+            if let Some(binding) = &mut after.binding {
+                binding.release = true;
+            }
+            after.state_reason = format!("moves off node {}, which is being drained", node.hostname);
+            (record.clone(), after)
+        })
+        .take(BATCH)
+        .collect()
+}

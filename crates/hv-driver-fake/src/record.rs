@@ -1,0 +1,209 @@
+//! What the fake keeps on disk: one small file per instance, its console's log, and the ledger of starts.
+//!
+//! # Theory of operation
+//! The files are the truth: they are read at every call and replaced by rename, so that killing the agent at any
+//! instant leaves "running" instances as a real runtime would, and a test may change them behind the driver's back.
+//! They are not flushed to the disk: what they simulate does not survive the host either.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use hv_driver::{Exit, InstanceConfig};
+use hv_types::InstanceId;
+use serde::{Deserialize, Serialize};
+
+use crate::options::Operation;
+
+/// The ledger's name; an instance's id never starts with a dot.
+const LEDGER: &str = ".ledger.jsonl";
+/// A ledger longer than this is begun anew.
+const MAX_LEDGER_BYTES: u64 = 64 << 20;
+/// How much of a console is kept; an older half is dropped beyond it.
+pub(crate) const MAX_LOG_BYTES: u64 = 256 << 10;
+
+/// What an instance is doing, as stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Being created; a crash or a failure left it so.
+    Creating,
+    /// It does not run.
+    Stopped(Exit),
+    /// It runs.
+    Running {
+        /// Since when, in milliseconds since 1970.
+        since_ms: u64,
+        /// When it ends by itself.
+        exit_at_ms: Option<u64>,
+        /// With which code.
+        exit_code: i32,
+    },
+    /// It stands still, having run since then.
+    Paused {
+        /// Since when it runs, in milliseconds since 1970.
+        since_ms: u64,
+    },
+}
+
+/// One instance, as stored.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    /// What it is to be.
+    pub config: InstanceConfig,
+    /// What it is doing.
+    pub phase: Phase,
+    /// How often it went from not running to running.
+    pub starts: u32,
+    /// How often each scripted operation was attempted.
+    pub attempts: BTreeMap<Operation, u32>,
+}
+
+/// One line of the ledger.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LedgerEntry {
+    /// Which instance.
+    pub id: InstanceId,
+    /// What happened to it.
+    pub what: LedgerEvent,
+    /// When, in microseconds since 1970.
+    pub at_us: u64,
+    /// Which process did it.
+    pub pid: u32,
+}
+
+/// What the ledger tells of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LedgerEvent {
+    /// It was created.
+    Created,
+    /// It began to run.
+    Started,
+    /// It ended: stopped, or by itself.
+    Ended,
+    /// It was removed.
+    Deleted,
+}
+
+/// Everything that ever happened to the instances of a state directory, in order; it outlives their deletion. Empty if
+/// nothing ever did.
+///
+/// # Errors
+/// The ledger cannot be read.
+pub fn read_ledger(state_dir: &Path) -> io::Result<Vec<LedgerEntry>> {
+    match fs::read_to_string(state_dir.join(LEDGER)) {
+        Ok(text) => Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(e),
+    }
+}
+
+/// What is stored of one instance; `None` if nothing is.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn read_record(state_dir: &Path, id: &InstanceId) -> io::Result<Option<Record>> {
+    Files { dir: state_dir.to_owned() }.load(id)
+}
+
+pub(crate) fn now_ms() -> u64 {
+    u64::try_from(since_epoch().as_millis()).unwrap_or(u64::MAX)
+}
+
+fn since_epoch() -> std::time::Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+/// The state directory.
+pub(crate) struct Files {
+    pub(crate) dir: PathBuf,
+}
+
+impl Files {
+    fn record_path(&self, id: &InstanceId) -> PathBuf {
+        self.dir.join(format!("{id}.json"))
+    }
+
+    fn log_path(&self, id: &InstanceId) -> PathBuf {
+        self.dir.join(format!("{id}.log"))
+    }
+
+    pub(crate) fn load(&self, id: &InstanceId) -> io::Result<Option<Record>> {
+        match fs::read(self.record_path(id)) {
+            Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    pub(crate) fn save(&self, record: &Record) -> io::Result<()> {
+        let id = &record.config.id;
+        fs::create_dir_all(&self.dir)?;
+        let partial = self.dir.join(format!(".{id}.partial"));
+        fs::write(&partial, serde_json::to_vec_pretty(record)?)?;
+        fs::rename(&partial, self.record_path(id))
+    }
+
+    /// The record goes last: as long as something is there, [`Files::list`] finds it.
+    pub(crate) fn remove(&self, id: &InstanceId) -> io::Result<()> {
+        for path in [self.log_path(id), self.dir.join(format!(".{id}.partial")), self.record_path(id)] {
+            match fs::remove_file(path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn list(&self) -> io::Result<Vec<InstanceId>> {
+        let entries = match fs::read_dir(&self.dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other?,
+        };
+        let mut ids = Vec::new();
+        for entry in entries {
+            let name = entry?.file_name();
+            let id = name.to_str().and_then(|name| name.strip_suffix(".json")).and_then(|id| id.parse().ok());
+            ids.extend(id);
+        }
+        ids.sort();
+        Ok(ids)
+    }
+
+    pub(crate) fn note(&self, id: &InstanceId, what: LedgerEvent) -> io::Result<()> {
+        let at_us = u64::try_from(since_epoch().as_micros()).unwrap_or(u64::MAX);
+        let entry = LedgerEntry { id: id.clone(), what, at_us, pid: std::process::id() };
+        let mut line = serde_json::to_vec(&entry)?;
+        line.push(b'\n');
+        fs::create_dir_all(&self.dir)?;
+        let mut file = fs::OpenOptions::new().create(true).append(true).open(self.dir.join(LEDGER))?;
+        if file.metadata()?.len() > MAX_LEDGER_BYTES {
+            file.set_len(0)?;
+        }
+        file.write_all(&line)
+    }
+
+    pub(crate) fn print(&self, id: &InstanceId, text: &[u8]) -> io::Result<()> {
+        let path = self.log_path(id);
+        let mut file = fs::OpenOptions::new().create(true).append(true).open(&path)?;
+        file.write_all(text)?;
+        if file.metadata()?.len() > MAX_LOG_BYTES {
+            let mut reader = fs::File::open(&path)?;
+            reader.seek(SeekFrom::End(-i64::try_from(MAX_LOG_BYTES / 2).unwrap_or(i64::MAX)))?;
+            let mut kept = Vec::new();
+            reader.read_to_end(&mut kept)?;
+            fs::write(&path, kept)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn printed(&self, id: &InstanceId) -> io::Result<Vec<u8>> {
+        match fs::read(self.log_path(id)) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            other => other,
+        }
+    }
+}

@@ -1,0 +1,341 @@
+//! The driver contract, fulfilled with QEMU.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::StreamExt as _;
+use futures::stream::{self, BoxStream};
+use hv_driver::{
+    Capability, Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Exit, Fingerprint, Handle,
+    InstanceConfig, LogRequest, Observed, Result, Stats, StopMode, log,
+};
+use hv_telemetry::crash::{self, Point};
+use hv_types::{ImageInfo, InstanceId, InstanceType};
+use parking_lot::Mutex;
+use serde_json::Value;
+use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
+
+use crate::console::{self, History};
+use crate::files::{CONFIG, InstanceDir, StateDir, Stored, VNC_SOCKET};
+use crate::images::Images;
+use crate::machine::{Live, Machine, Shared};
+use crate::platform::{self, Platform};
+use crate::problem::{Outcome, Problem};
+use crate::{NAME, QemuOptions, agent, create};
+
+/// Version of the handle's data, which is empty: everything is found by the instance's id.
+const HANDLE_VERSION: u32 = 1;
+/// How many events wait for a slow receiver before it loses the oldest.
+const EVENT_QUEUE: usize = 1024;
+
+/// What it can do where QEMU is there.
+const CAPABILITIES: [Capability; 7] = [
+    Capability::Pause,
+    Capability::Console,
+    Capability::Logs,
+    Capability::Exec,
+    Capability::Display,
+    Capability::UserData,
+    Capability::DirectBoot,
+];
+
+/// Virtual machines, each a QEMU process of its own.
+pub struct QemuDriver {
+    options: QemuOptions,
+    state: StateDir,
+    images: Images,
+    shared: Arc<Shared>,
+    machines: Mutex<HashMap<InstanceId, Arc<Machine>>>,
+    platform: tokio::sync::Mutex<Option<Arc<Platform>>>,
+}
+
+/// What is there of an instance.
+enum Found {
+    Nothing,
+    /// Half created, or half deleted.
+    Part,
+    Whole(Arc<Machine>),
+}
+
+impl Drop for QemuDriver {
+    fn drop(&mut self) {
+        self.shared.cancelled.cancel();
+    }
+}
+
+impl QemuDriver {
+    /// A driver over a state directory. Neither it nor QEMU need be there: [`Driver::fingerprint`] says what is missing.
+    #[must_use]
+    pub fn new(options: QemuOptions) -> Self {
+        let shared = Shared { events: broadcast::channel(EVENT_QUEUE).0, cancelled: CancellationToken::new() };
+        // QEMU runs in a directory of its own, so every path must be good from everywhere.
+        let absolute = |path: &std::path::Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        Self {
+            state: StateDir(absolute(&options.state_dir)),
+            images: Images::new(&absolute(&options.image_dir)),
+            shared: Arc::new(shared),
+            machines: Mutex::default(),
+            platform: tokio::sync::Mutex::default(),
+            options,
+        }
+    }
+
+    async fn platform(&self) -> Result<Arc<Platform>> {
+        let mut known = self.platform.lock().await;
+        if let Some(platform) = known.as_ref().filter(|platform| platform.is_current()) {
+            return Ok(platform.clone());
+        }
+        let inspected = Platform::inspect(&self.options).await;
+        let platform = inspected.map_err(|reason| DriverError::Unavailable { driver: NAME, reason })?;
+        Ok(known.insert(Arc::new(platform)).clone())
+    }
+
+    fn find(&self, id: &InstanceId, operation: &'static str) -> Result<Found> {
+        let mut machines = self.machines.lock();
+        if let Some(machine) = machines.get(id) {
+            return Ok(Found::Whole(machine.clone()));
+        }
+        let path = self.state.of(id);
+        let dir = match InstanceDir::open(path.clone()) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(if self.state.trash(id).exists() { Found::Part } else { Found::Nothing });
+            }
+            other => other.map_err(Problem::file("open", &path)).map_err(|e| DriverError::failed(id, operation, e))?,
+        };
+        let stored = dir.read::<Stored>(CONFIG).map_err(|e| DriverError::failed(id, operation, e))?;
+        let Some(stored) = stored else { return Ok(Found::Part) };
+        if stored.version > Stored::VERSION {
+            let reason = format!("it was made by a newer version of the agent ({}); run that one", stored.version);
+            return Err(DriverError::invalid(id, reason));
+        }
+        let machine = Arc::new(Machine::new(dir, stored, self.shared.clone()));
+        machines.insert(id.clone(), machine.clone());
+        Ok(Found::Whole(machine))
+    }
+
+    fn machine(&self, id: &InstanceId, operation: &'static str) -> Result<Arc<Machine>> {
+        match self.find(id, operation)? {
+            Found::Nothing => Err(DriverError::NotFound(id.clone())),
+            Found::Part => {
+                Err(DriverError::wrong_state(id, operation, "it was not completely created; create it again"))
+            }
+            Found::Whole(machine) => Ok(machine),
+        }
+    }
+
+    async fn live(&self, id: &InstanceId, operation: &'static str) -> Result<(Arc<Machine>, Arc<Live>)> {
+        let machine = self.machine(id, operation)?;
+        match machine.live(operation).await? {
+            Some(live) => Ok((machine, live)),
+            None => Err(DriverError::wrong_state(id, operation, "it does not run; start it first")),
+        }
+    }
+
+    async fn make(&self, config: &InstanceConfig) -> Result<()> {
+        let id = &config.id;
+        if let Some((operation, reason)) = create::unsupported(&config.spec) {
+            return Err(DriverError::Unsupported { driver: NAME, operation, reason });
+        }
+        let boot = self.images.resolve(&config.spec).map_err(|reason| DriverError::invalid(id, reason))?;
+        create::check(&config.spec, &boot).map_err(|reason| DriverError::invalid(id, reason))?;
+        let qemu_img = self.options.qemu_img.clone().or_else(|| platform::find("qemu-img"));
+        create::prepare(&self.state, config, &boot, qemu_img).await.map_err(|problem| match problem {
+            Problem::Spawn { tool, remedy, source } => {
+                DriverError::Unavailable { driver: NAME, reason: format!("{tool} could not be run ({source}); {remedy}") }
+            }
+            other => DriverError::failed(id, "create", other),
+        })
+    }
+
+    async fn remove(&self, id: &InstanceId) -> Result<()> {
+        let (state, owned) = (self.state.clone(), id.clone());
+        let before_removal = || crash::reach(Point::QemuDeleteBeforeRmdir);
+        let removal = tokio::task::spawn_blocking(move || state.remove(&owned, before_removal)).await;
+        match removal {
+            Ok(outcome) => outcome.map_err(|e| DriverError::failed(id, "delete", e)),
+            Err(panicked) => Err(DriverError::failed(id, "delete", panicked)),
+        }
+    }
+}
+
+fn handle() -> Handle {
+    Handle { driver: NAME.to_owned(), version: HANDLE_VERSION, data: Value::Null }
+}
+
+#[async_trait]
+impl Driver for QemuDriver {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn instance_type(&self) -> InstanceType {
+        InstanceType::Vm
+    }
+
+    async fn fingerprint(&self) -> Fingerprint {
+        let (healthy, version, message) = match self.platform().await {
+            Ok(platform) => match writable(&self.state) {
+                Ok(()) => (true, platform.version.clone(), platform.message.clone()),
+                Err(reason) => (false, platform.version.clone(), reason),
+            },
+            Err(DriverError::Unavailable { reason, .. }) => (false, String::new(), reason),
+            Err(other) => (false, String::new(), other.to_string()),
+        };
+        Fingerprint { healthy, version, message, capabilities: CAPABILITIES.to_vec(), images_are_local: true }
+    }
+
+    async fn images(&self) -> Result<Vec<ImageInfo>> {
+        self.images.list().map_err(|e| DriverError::Unavailable {
+            driver: NAME,
+            reason: format!("the images in {} cannot be listed: {e}", self.options.image_dir.display()),
+        })
+    }
+
+    async fn create(&self, config: &InstanceConfig) -> Result<Handle> {
+        match self.find(&config.id, "create")? {
+            Found::Whole(_) => return Ok(handle()),
+            Found::Nothing => {}
+            // Nothing of it was ever used.
+            Found::Part => self.remove(&config.id).await?,
+        }
+        self.make(config).await?;
+        Ok(handle())
+    }
+
+    async fn start(&self, id: &InstanceId) -> Result<Handle> {
+        let machine = self.machine(id, "start")?;
+        let platform = self.platform().await?;
+        machine.start(&platform, &self.options.machine).await?;
+        Ok(handle())
+    }
+
+    async fn stop(&self, id: &InstanceId, mode: StopMode) -> Result<()> {
+        match self.find(id, "stop")? {
+            Found::Nothing => Err(DriverError::NotFound(id.clone())),
+            Found::Part => Ok(()),
+            Found::Whole(machine) => machine.stop(mode).await,
+        }
+    }
+
+    async fn pause(&self, id: &InstanceId) -> Result<()> {
+        self.machine(id, "pause")?.set_paused(true).await
+    }
+
+    async fn resume(&self, id: &InstanceId) -> Result<()> {
+        self.machine(id, "resume")?.set_paused(false).await
+    }
+
+    async fn delete(&self, id: &InstanceId) -> Result<()> {
+        if let Found::Whole(machine) = self.find(id, "delete")? {
+            machine.stop(StopMode::Force).await?;
+        }
+        self.remove(id).await?;
+        self.machines.lock().remove(id);
+        Ok(())
+    }
+
+    async fn recover(&self, id: &InstanceId, _handle: Option<&Handle>) -> Result<Observed> {
+        self.observe(id).await
+    }
+
+    async fn observe(&self, id: &InstanceId) -> Result<Observed> {
+        match self.find(id, "observe")? {
+            Found::Nothing => Ok(Observed::Absent),
+            Found::Part => Ok(Observed::Stopped(Exit::NeverStarted)),
+            Found::Whole(machine) => machine.observe().await,
+        }
+    }
+
+    async fn list(&self) -> Result<Vec<InstanceId>> {
+        self.state.list().map_err(|e| DriverError::Unavailable {
+            driver: NAME,
+            reason: format!("{} cannot be read: {e}; check drivers.qemu.state_dir", self.state.0.display()),
+        })
+    }
+
+    fn events(&self) -> BoxStream<'static, DriverEvent> {
+        stream::unfold(self.shared.events.subscribe(), |mut receiver| async {
+            loop {
+                match receiver.recv().await {
+                    Ok(event) => return Some((event, receiver)),
+                    Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(broadcast::error::RecvError::Closed) => return None,
+                }
+            }
+        })
+        .boxed()
+    }
+
+    async fn stats(&self, id: &InstanceId) -> Result<Stats> {
+        let (_, live) = self.live(id, "stats").await?;
+        let failed = |problem: Problem| DriverError::failed(id, "stats", problem);
+        let (cpu_time_ns, memory_used_bytes) = live.process.usage().map_err(Problem::Process).map_err(failed)?;
+        let devices = live.monitor.command("query-blockstats", None).await.map_err(failed)?;
+        let sum = |counter: &str| {
+            let counters = devices.as_array().into_iter().flatten().filter_map(|device| device["stats"][counter].as_u64());
+            counters.sum()
+        };
+        Ok(Stats {
+            cpu_time_ns,
+            memory_used_bytes,
+            disk_read_bytes: sum("rd_bytes"),
+            disk_write_bytes: sum("wr_bytes"),
+            // QEMU's user-mode network counts nothing.
+            ..Stats::default()
+        })
+    }
+
+    async fn console(&self, id: &InstanceId) -> Result<Console> {
+        let (_, live) = self.live(id, "console").await?;
+        let ended = || DriverError::wrong_state(id, "console", "it has just ended; start it first");
+        let attached = live.console.attach(History::Recent).await.ok_or_else(ended)?;
+        Ok(Console { output: console::stream_of(attached), input: live.console.keyboard() })
+    }
+
+    async fn exec(&self, id: &InstanceId, request: ExecRequest) -> Result<Exec> {
+        let (machine, live) = self.live(id, "exec").await?;
+        if live.is_paused().await {
+            return Err(DriverError::wrong_state(id, "exec", "it is paused; resume it first"));
+        }
+        agent::exec(machine, request).await
+    }
+
+    async fn logs(&self, id: &InstanceId, request: LogRequest) -> Result<BoxStream<'static, Result<Bytes>>> {
+        let machine = self.machine(id, "logs")?;
+        let cut = |mut text: Vec<u8>| match request.tail_lines {
+            Some(lines) => text.split_off(text.len() - log::last_lines(&text, lines).len()),
+            None => text,
+        };
+        if request.follow
+            && let Some(live) = machine.live("logs").await?
+            && let Some(mut attached) = live.console.attach(History::All).await
+        {
+            attached.history = cut(attached.history);
+            return Ok(console::stream_of(attached));
+        }
+        let text = console::printed(&machine.dir).map_err(|e| DriverError::failed(id, "logs", e))?;
+        let text = cut(text);
+        Ok(stream::iter((!text.is_empty()).then(|| Ok(Bytes::from(text)))).boxed())
+    }
+
+    async fn display(&self, id: &InstanceId) -> Result<Display> {
+        let (machine, _) = self.live(id, "display").await?;
+        Ok(Display::Vnc(machine.dir.public_socket(VNC_SOCKET)))
+    }
+}
+
+/// Whether instances can be made here. The error says what to do.
+fn writable(state: &StateDir) -> std::result::Result<(), String> {
+    let check = || -> Outcome<()> {
+        std::fs::create_dir_all(&state.0).map_err(Problem::file("make", &state.0))?;
+        let access = rustix::fs::access(&state.0, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK);
+        access.map_err(|e| Problem::file("write to", &state.0)(e.into()))
+    };
+    check().map_err(|problem| {
+        let cause = std::error::Error::source(&problem).map(ToString::to_string).unwrap_or_default();
+        format!("{problem}: {cause}; correct drivers.qemu.state_dir or its permissions")
+    })
+}

@@ -1,0 +1,193 @@
+//! The file: opening and locking it, its transactions, what its errors mean, and how much room is left.
+
+use std::fs;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use parking_lot::RwLock;
+use redb::{Database, Durability, ReadTransaction, ReadableDatabase, WriteTransaction};
+
+use super::tables::{Meta, Tables, TablesError, TablesResult};
+use crate::{Result, StoreError};
+
+/// The file's name in the store's directory.
+const FILE_NAME: &str = "store.redb";
+
+/// The open file. Reads share it; recovery from a failed write closes and opens it again.
+pub(super) struct Disk {
+    dir: PathBuf,
+    file: PathBuf,
+    cache_bytes: usize,
+    verify: bool,
+    database: RwLock<Option<Database>>,
+}
+
+impl Disk {
+    /// Opens or creates the file in `dir`.
+    pub(super) fn open(dir: &Path, cache_bytes: usize, verify: bool) -> Result<(Self, Meta)> {
+        let disk = Self {
+            dir: dir.to_owned(),
+            file: dir.join(FILE_NAME),
+            cache_bytes,
+            verify,
+            database: RwLock::new(None),
+        };
+        disk.create_files().map_err(|source| disk.io_error("creating the directory", source.into()))?;
+        let meta = disk.reopen()?;
+        Ok((disk, meta))
+    }
+
+    /// The directory, for messages.
+    pub(super) fn place(&self) -> String {
+        self.dir.display().to_string()
+    }
+
+    fn create_files(&self) -> io::Result<()> {
+        let mut builder = fs::DirBuilder::new();
+        builder.recursive(true);
+        let mut options = fs::OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+            builder.mode(0o700);
+            options.mode(0o600);
+        }
+        builder.create(&self.dir)?;
+        options.open(&self.file)?;
+        // The file's name must survive a power cut as its content does.
+        #[cfg(unix)]
+        fs::File::open(&self.dir)?.sync_all()?;
+        Ok(())
+    }
+
+    /// Closes the file if it is open and opens it again. Reads fail in between.
+    pub(super) fn reopen(&self) -> Result<Meta> {
+        let mut slot = self.database.write();
+        drop(slot.take());
+        let mut builder = Database::builder();
+        builder.set_cache_size(self.cache_bytes).set_check_integrity_on_open(self.verify);
+        let file = self.dir.display().to_string();
+        builder.set_repair_callback(move |repair| {
+            let percent = (repair.progress() * 100.0).round();
+            tracing::info!(dir = %file, percent, "the store was not closed; checking it");
+        });
+        // A damaged file can make the database panic before its own checks find the damage.
+        let opened = catch_unwind(AssertUnwindSafe(|| {
+            let database = builder.create(&self.file)?;
+            let meta = prepare(&database)?;
+            Ok::<_, TablesError>((database, meta))
+        }));
+        match opened {
+            Ok(Ok((database, meta))) => {
+                *slot = Some(database);
+                Ok(meta)
+            }
+            Ok(Err(TablesError::Database(redb::Error::DatabaseAlreadyOpen))) => {
+                let why = "another process has it open; stop that one, or choose another directory";
+                Err(self.io_error("locking the file", why.into()))
+            }
+            Ok(Err(error)) => Err(self.error("opening the file", error)),
+            Err(_) => {
+                let why = "the file is damaged; move it away and restore a backup";
+                Err(self.io_error("opening the file", why.into()))
+            }
+        }
+    }
+
+    /// Closes the file. What was acknowledged is on disk already.
+    pub(super) fn close(&self) {
+        if let Some(database) = self.database.write().take()
+            && let Err(error) = database.close()
+        {
+            tracing::warn!(dir = %self.dir.display(), %error, "the store was not closed cleanly; it will be checked when it is opened");
+        }
+    }
+
+    /// A snapshot of everything committed so far.
+    pub(super) fn read(&self) -> Result<ReadTransaction> {
+        let database = self.database.read();
+        let database = database.as_ref().ok_or(StoreError::Closed)?;
+        database.begin_read().map_err(|error| self.error("reading", error.into()))
+    }
+
+    /// A write transaction whose commit returns after the data is on disk.
+    pub(super) fn write(&self) -> TablesResult<WriteTransaction> {
+        let database = self.database.read();
+        let database = database.as_ref().ok_or(redb::Error::DatabaseClosed)?;
+        let mut txn = database.begin_write()?;
+        txn.set_durability(Durability::Immediate).map_err(redb::Error::from)?;
+        Ok(txn)
+    }
+
+    /// What `error` means for whoever asked for `operation`.
+    pub(super) fn error(&self, operation: &'static str, error: TablesError) -> StoreError {
+        if is_full(&error) {
+            return StoreError::Full(format!("{operation} in {}: {error}", self.dir.display()));
+        }
+        match error {
+            TablesError::Database(redb::Error::DatabaseClosed) => StoreError::Closed,
+            error => self.io_error(operation, Box::new(error)),
+        }
+    }
+
+    pub(super) fn io_error(
+        &self,
+        operation: &'static str,
+        source: Box<dyn std::error::Error + Send + Sync>,
+    ) -> StoreError {
+        StoreError::Io { operation, path: self.dir.display().to_string(), source }
+    }
+
+    /// Room on the file system, where the platform tells.
+    pub(super) fn free_bytes(&self) -> Option<u64> {
+        #[cfg(unix)]
+        {
+            let stat = rustix::fs::statvfs(&self.dir).ok()?;
+            Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+        }
+        #[cfg(not(unix))]
+        None
+    }
+
+    /// Room that the file takes.
+    pub(super) fn size_bytes(&self) -> Result<u64> {
+        let metadata = fs::metadata(&self.file)
+            .map_err(|source| self.io_error("reading the file's size", source.into()))?;
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            Ok(metadata.blocks() * 512)
+        }
+        #[cfg(not(unix))]
+        Ok(metadata.len())
+    }
+}
+
+/// Creates what a new file needs; says where an old one stands.
+fn prepare(database: &Database) -> TablesResult<Meta> {
+    let txn = database.begin_write()?;
+    let meta = {
+        let mut tables = Tables::open(&txn)?;
+        match tables.meta()? {
+            Some(meta) => meta,
+            None => {
+                tables.set_meta(Meta::EMPTY)?;
+                Meta::EMPTY
+            }
+        }
+    };
+    txn.commit()?;
+    Ok(meta)
+}
+
+/// Whether the cause is a lack of room.
+pub(super) fn is_full(error: &TablesError) -> bool {
+    match error {
+        TablesError::Database(redb::Error::Io(error)) => {
+            matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+        }
+        _ => false,
+    }
+}

@@ -1,0 +1,202 @@
+//! The etcd backend: etcd 3.4 and later, one member or several.
+//!
+//! # Theory of operation
+//! Each member has its own connections (`members`). Calls go to one member until it fails; then the next one is
+//! preferred. Reads are repeated there within the request's time. A transaction is repeated only if it certainly was
+//! not sent, as it may have been applied otherwise: see the caveat of the contract.
+//!
+//! A watch (`watch`) remembers the last revision that it delivered whole. When its stream breaks it starts the next
+//! one from the revision after that, on whichever member answers, so nothing is lost or repeated. etcd may split a large
+//! revision; its parts are put together again.
+//!
+//! All renewals of leases share one stream (`keep_alive`).
+//!
+//! # Progress of watches
+//! A watch is told of a revision that changed nothing in its range when etcd notifies it, which by etcd's default is every
+//! ten minutes. (etcd answers requests for progress too, but before 3.4.25 and 3.5.8 such an answer may overtake changes,
+//! so it is not used.) With [`EtcdOptions::scope`], watches inside the scope are opened on all of it and filtered here, so
+//! that they learn at once of every revision made in the scope.
+//!
+//! # Failure and recovery
+//! - *No member answers*: calls fail with [`StoreError::Unavailable`] or [`StoreError::Timeout`] within
+//!   [`EtcdOptions::request_timeout`]; watches go on trying. Everything resumes by itself.
+//! - *A member hangs or is cut off from the others*: a call takes at most the request's time, the next ones go elsewhere;
+//!   watches move on within [`PING_INTERVAL`] and [`PING_TIMEOUT`].
+//! - *etcd is full*: [`StoreError::Full`]. Health tells of the alarm.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use etcd_client::{CompactionOptions, LeaseGrantOptions};
+
+use crate::bounds::{Interval, check_range, check_txn, check_watch, lease_seconds};
+use crate::{
+    Health, KeyRange, LeaseId, RangeRequest, RangeResult, Result, Revision, Store, StoreError, Txn,
+    TxnOutcome, WatchStream,
+};
+
+mod error;
+mod health;
+mod keep_alive;
+mod members;
+mod range;
+mod txn;
+mod watch;
+mod wire;
+
+use keep_alive::KeepAlive;
+use members::{Members, Repeat};
+
+/// How often an idle connection that has calls open is checked. etcd takes more than one in 5 s for an attack.
+pub const PING_INTERVAL: Duration = Duration::from_secs(6);
+/// How long the answer to such a check may take.
+pub const PING_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How to reach etcd.
+#[derive(Clone, Debug)]
+pub struct EtcdOptions {
+    /// The members' client addresses: `http://host:port`, `https://host:port` or `host:port`. At least one.
+    pub endpoints: Vec<String>,
+    /// Certificates; needed for `https`.
+    pub tls: Option<EtcdTls>,
+    /// Name and password, if etcd's authentication is enabled.
+    pub user: Option<(String, String)>,
+    /// How long connecting to a member may take.
+    pub dial_timeout: Duration,
+    /// How long a call may take, over all members that are tried.
+    pub request_timeout: Duration,
+    /// How many connections to open to each member that is used; at least one.
+    pub channels: usize,
+    /// The prefix below which everything is that this program and its peers write: see "Progress of watches".
+    pub scope: Option<Bytes>,
+}
+
+impl Default for EtcdOptions {
+    fn default() -> Self {
+        Self {
+            endpoints: vec!["http://127.0.0.1:2379".to_owned()],
+            tls: None,
+            user: None,
+            dial_timeout: Duration::from_secs(5),
+            request_timeout: Duration::from_secs(5),
+            channels: 4,
+            scope: None,
+        }
+    }
+}
+
+/// Certificates in PEM files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EtcdTls {
+    /// Who signed the members' certificates.
+    pub ca: PathBuf,
+    /// This client's certificate.
+    pub cert: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+}
+
+/// A store in an etcd cluster.
+pub struct EtcdStore {
+    members: Arc<Members>,
+    keep_alive: KeepAlive,
+    scope: Option<Interval>,
+}
+
+impl EtcdStore {
+    /// Connects, and checks that a member answers. Must be called in a tokio runtime.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`] with the endpoints if none answers (calling again may succeed),
+    /// [`StoreError::InvalidRequest`] if an option makes no sense or etcd refuses the user, [`StoreError::Io`] if a
+    /// certificate cannot be read.
+    pub async fn connect(options: EtcdOptions) -> Result<Arc<Self>> {
+        let scope = options.scope.clone().map(|scope| Interval::of(&KeyRange::Prefix(scope)));
+        let members = Arc::new(Members::new(options)?);
+        let store = Arc::new(Self { keep_alive: KeepAlive::start(Arc::clone(&members)), members, scope });
+        store.revision().await?;
+        tracing::info!(endpoints = %store.members.endpoints(), "connected to etcd");
+        Ok(store)
+    }
+
+    /// Whether the member that is asked leads the cluster. With several endpoints that is any one of them.
+    pub async fn is_leader(&self) -> bool {
+        health::is_leader(&self.members).await
+    }
+}
+
+#[async_trait]
+impl Store for EtcdStore {
+    async fn range(&self, request: RangeRequest) -> Result<RangeResult> {
+        check_range(&request)?;
+        range::range(&self.members, request).await
+    }
+
+    async fn txn(&self, txn: Txn) -> Result<TxnOutcome> {
+        check_txn(&txn)?;
+        txn::txn(&self.members, txn).await
+    }
+
+    async fn watch(&self, keys: KeyRange, from: Option<Revision>) -> Result<WatchStream> {
+        check_watch(&keys)?;
+        let from = match from {
+            // A member may lag behind; this makes "now" the same for all of them, also across reconnects.
+            None | Some(Revision(0)) => Revision(self.revision().await?.0 + 1),
+            Some(from) => from,
+        };
+        watch::watch(Arc::clone(&self.members), &keys, self.scope.as_ref(), from).await
+    }
+
+    async fn revision(&self) -> Result<Revision> {
+        range::revision(&self.members).await
+    }
+
+    async fn lease_grant(&self, ttl: Duration) -> Result<LeaseId> {
+        let seconds = i64::try_from(lease_seconds(ttl)?).expect("the time of a lease is bounded");
+        // A repeated grant leaves at worst a lease that nobody renews, and that ends by itself.
+        let granted = self
+            .members
+            .call(Repeat::Always, move |mut member| async move {
+                member.lease.grant(seconds, Some(LeaseGrantOptions::new())).await
+            })
+            .await?;
+        Ok(LeaseId(granted.id()))
+    }
+
+    async fn lease_keep_alive(&self, lease: LeaseId) -> Result<()> {
+        self.keep_alive.renew(lease).await
+    }
+
+    async fn lease_revoke(&self, lease: LeaseId) -> Result<()> {
+        let revoked = self
+            .members
+            .call(Repeat::Always, move |mut member| async move { member.lease.revoke(lease.0).await })
+            .await;
+        match revoked {
+            Ok(_) | Err(StoreError::LeaseNotFound(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn compact(&self, revision: Revision) -> Result<()> {
+        let at = wire::to_etcd(revision);
+        let compacted = self
+            .members
+            .call(Repeat::Always, move |mut member| async move {
+                member.kv.compact(at, Some(CompactionOptions::new())).await
+            })
+            .await;
+        match compacted {
+            // Somebody was here before.
+            Ok(_) | Err(StoreError::Compacted { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn health(&self) -> Result<Health> {
+        health::health(&self.members).await
+    }
+}

@@ -1,0 +1,1 @@
+//! Whole clusters for tests: real servers and agents, real etcd and QEMU.

@@ -1,0 +1,217 @@
+//! What an instance is made of, as a user writes it.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Environment, InstanceType};
+use crate::resources::{MIB, Resources};
+use crate::validate::{self, Invalid};
+
+/// Most cores that one instance may ask for.
+pub const MAX_CPU_CORES: u32 = 4096;
+/// Least memory that an instance may ask for, in bytes.
+pub const MIN_MEMORY_BYTES: u64 = 4 * MIB;
+/// Most memory that an instance may ask for, in bytes: 64 TiB.
+pub const MAX_MEMORY_BYTES: u64 = 64 << 40;
+/// Most disks of one instance.
+pub const MAX_DISKS: usize = 32;
+/// Largest disk, in bytes: 1 PiB.
+pub const MAX_DISK_BYTES: u64 = 1 << 50;
+/// Most words of a command, and most arguments.
+pub const MAX_ARGS: usize = 1024;
+/// Longest kernel command line, in bytes: what x86 Linux takes.
+pub const MAX_KERNEL_ARGS_BYTES: usize = 2047;
+/// Longest cloud-init document, in bytes.
+pub const MAX_USER_DATA_BYTES: usize = 256 << 10;
+/// Most bytes of all command words, arguments and environment together.
+pub const MAX_PROCESS_BYTES: usize = 256 << 10;
+
+/// What an instance is made of.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceSpec {
+    /// The image it starts from; may be empty if a kernel is given.
+    pub image: String,
+    /// Processor cores.
+    pub cpu_cores: u32,
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+    /// Disks beside the image's own.
+    pub disks: Vec<DiskSpec>,
+    /// How it is connected; `None` is a network of the driver's choice.
+    pub network: Option<NetworkSpec>,
+    /// Kernel file in the node's image directory, for a direct boot.
+    pub kernel: String,
+    /// Initial ram disk in the node's image directory.
+    pub initrd: String,
+    /// Kernel command line, added to the image's own.
+    pub kernel_args: String,
+    /// What a container runs instead of its image's entry point.
+    pub command: Vec<String>,
+    /// Arguments to it.
+    pub args: Vec<String>,
+    /// Environment variables.
+    pub env: Environment,
+    /// Volumes to mount.
+    pub volume_mounts: Vec<VolumeMount>,
+    /// Bounds beyond cores and memory.
+    pub limits: Option<ResourceLimits>,
+    /// cloud-init user data for a virtual machine; may be empty.
+    pub user_data: String,
+}
+
+/// One more disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSpec {
+    /// Its name, unique in the instance.
+    pub name: String,
+    /// Its size in bytes. For the boot disk 0 keeps the image's size.
+    pub size_bytes: u64,
+    /// `ssd`, `hdd` or `nvme`; empty for any.
+    pub disk_type: String,
+    /// Whether this sizes the disk that is made from the image.
+    pub boot: bool,
+}
+
+/// How an instance is connected.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkSpec {
+    /// Which network; empty for the driver's own.
+    pub network_id: String,
+    /// Which subnet of it.
+    pub subnet_id: String,
+    /// Security groups.
+    pub security_groups: Vec<String>,
+    /// Whether it gets a public address.
+    pub assign_public_ip: bool,
+}
+
+/// A volume in an instance.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeMount {
+    /// Which volume.
+    pub name: String,
+    /// Where it is mounted.
+    pub mount_path: String,
+    /// Whether it can only be read.
+    pub read_only: bool,
+}
+
+/// Bounds beyond cores and memory; 0 is no bound.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResourceLimits {
+    /// Microseconds of processor time in each period.
+    pub cpu_quota: i64,
+    /// The period, in microseconds.
+    pub cpu_period: i64,
+    /// Memory, in bytes.
+    pub memory_limit: i64,
+    /// Memory and swap, in bytes.
+    pub memory_swap: i64,
+    /// Bytes read per second.
+    pub io_read_bps: i64,
+    /// Bytes written per second.
+    pub io_write_bps: i64,
+}
+
+impl InstanceSpec {
+    /// What the scheduler counts. Disks count with the size asked for.
+    #[must_use]
+    pub fn resources(&self) -> Resources {
+        Resources {
+            cpu_cores: self.cpu_cores,
+            memory_bytes: self.memory_bytes,
+            disk_bytes: self.disks.iter().fold(0u64, |sum, disk| sum.saturating_add(disk.size_bytes)),
+            gpu_count: 0,
+        }
+    }
+
+    /// Checks what a user wrote.
+    ///
+    /// # Errors
+    /// Names the field that is refused.
+    pub fn validate(&self, instance_type: InstanceType) -> Result<(), Invalid> {
+        if self.cpu_cores == 0 || self.cpu_cores > MAX_CPU_CORES {
+            let expected = format!("must be between 1 and {MAX_CPU_CORES}");
+            return Err(Invalid::new("spec.cpu_cores", self.cpu_cores, expected));
+        }
+        if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&self.memory_bytes) {
+            let expected = format!("must be between {MIN_MEMORY_BYTES} (4 MiB) and {MAX_MEMORY_BYTES} (64 TiB)");
+            return Err(Invalid::new("spec.memory_bytes", self.memory_bytes, expected));
+        }
+        self.validate_boot(instance_type)?;
+        self.validate_process()?;
+        self.validate_disks()?;
+        validate::text("spec.user_data", &self.user_data, MAX_USER_DATA_BYTES)?;
+        if self.volume_mounts.len() > MAX_DISKS {
+            let expected = format!("must have at most {MAX_DISKS} entries");
+            return Err(Invalid::new("spec.volume_mounts", self.volume_mounts.len(), expected));
+        }
+        Ok(())
+    }
+
+    fn validate_boot(&self, instance_type: InstanceType) -> Result<(), Invalid> {
+        if !self.image.is_empty() {
+            validate::printable("spec.image", &self.image, 512)?;
+        }
+        for (field, value) in [("spec.kernel", &self.kernel), ("spec.initrd", &self.initrd)] {
+            if !value.is_empty() {
+                validate::file_name(field, value)?;
+            }
+        }
+        let kernel_args = &self.kernel_args;
+        validate::text("spec.kernel_args", kernel_args, MAX_KERNEL_ARGS_BYTES)?;
+        if kernel_args.contains('\n') {
+            return Err(Invalid::new("spec.kernel_args", kernel_args, "must be one line"));
+        }
+        let bootable = !self.image.is_empty() || (!self.kernel.is_empty() && instance_type != InstanceType::Container);
+        if !bootable {
+            return Err(Invalid::new("spec.image", "", "must name an image; see `hypervisor-ctl image list`"));
+        }
+        Ok(())
+    }
+
+    fn validate_process(&self) -> Result<(), Invalid> {
+        let count = self.command.len() + self.args.len() + self.env.len();
+        if count > MAX_ARGS {
+            let expected = format!("and spec.args and spec.env must together have at most {MAX_ARGS} entries");
+            return Err(Invalid::new("spec.command", count, expected));
+        }
+        let words = self.command.iter().chain(&self.args).chain(self.env.keys()).chain(self.env.values());
+        let mut bytes = 0;
+        for word in words {
+            bytes += word.len();
+            if word.contains('\0') {
+                return Err(Invalid::new("spec.command", word, "must not contain NUL"));
+            }
+        }
+        if bytes > MAX_PROCESS_BYTES {
+            let expected = format!("and spec.args and spec.env must together have at most {MAX_PROCESS_BYTES} bytes");
+            return Err(Invalid::new("spec.command", bytes, expected));
+        }
+        if let Some(name) = self.env.keys().find(|name| name.is_empty() || name.contains('=')) {
+            return Err(Invalid::new("spec.env", name, "names must not be empty or contain `=`"));
+        }
+        Ok(())
+    }
+
+    fn validate_disks(&self) -> Result<(), Invalid> {
+        if self.disks.len() > MAX_DISKS {
+            return Err(Invalid::new("spec.disks", self.disks.len(), format!("must have at most {MAX_DISKS} entries")));
+        }
+        let mut names = std::collections::BTreeSet::new();
+        for (index, disk) in self.disks.iter().enumerate() {
+            let field = |name: &str| format!("spec.disks[{index}].{name}");
+            validate::name(&field("name"), &disk.name)?;
+            if !names.insert(&disk.name) {
+                return Err(Invalid::new(field("name"), &disk.name, "must be unique in the instance"));
+            }
+            if disk.size_bytes > MAX_DISK_BYTES || (disk.size_bytes == 0 && !disk.boot) {
+                let expected = format!("must be between 1 and {MAX_DISK_BYTES} (1 PiB)");
+                return Err(Invalid::new(field("size_bytes"), disk.size_bytes, expected));
+            }
+        }
+        if self.disks.iter().filter(|disk| disk.boot).count() > 1 {
+            return Err(Invalid::new("spec.disks", self.disks.len(), "must have at most one boot disk"));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,27 @@
+//! The vocabulary of Hypervisor: identifiers, specifications, states and their transitions, units and error codes.
+//!
+//! Nothing here does I/O, knows gRPC or touches the store. A type that crosses a boundary is converted
+//! in `hv-proto`; a decision about a state is made here, once, and derived everywhere else.
+
+pub mod error;
+pub mod event;
+pub mod id;
+pub mod image;
+pub mod instance;
+pub mod label;
+pub mod node;
+pub mod resources;
+pub mod validate;
+
+pub use error::{ErrorCode, ServiceError};
+pub use event::Event;
+pub use id::{ClusterId, Epoch, InstanceId, NodeId, RequestKey, Revision};
+pub use image::ImageInfo;
+pub use instance::{
+    DiskSpec, InstanceRecord, InstanceSpec, InstanceState, InstanceType, NetworkSpec, ResourceLimits, VolumeMount,
+    Wanted,
+};
+pub use label::{Labels, Metadata, Selector};
+pub use node::{DriverInfo, NodeCondition, NodeRecord, NodeRole, NodeStatus};
+pub use resources::Resources;
+pub use validate::Invalid;

@@ -1,0 +1,377 @@
+//! The agent's settings: every key, its default, and what contradicts what.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use hv_client::{ClientOptions, ClientTls};
+use hv_config::{ByteSize, HumanDuration, ListenAddress};
+use hv_driver_qemu::Accel;
+use hv_telemetry::{LogFormat, LogLevel};
+use hv_types::{InstanceType, NodeId, NodeRole};
+use serde::{Deserialize, Serialize};
+
+/// Where the agent keeps its journal and its instances, unless told otherwise.
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/hypervisor/agent";
+
+/// Everything that can be set.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The node and its place.
+    pub agent: Agent,
+    /// Signs of life.
+    pub heartbeat: Heartbeat,
+    /// The runtimes.
+    pub drivers: Drivers,
+    /// libvirt, by the keys of the guide.
+    pub libvirt: Libvirt,
+    /// containerd, by the keys of the guide.
+    pub containerd: Containerd,
+    /// Firecracker, by the keys of the guide.
+    pub firecracker: Firecracker,
+    /// Certificates.
+    pub tls: Tls,
+    /// The least important records that are logged.
+    pub log_level: LogLevel,
+    /// How records are written.
+    pub log_format: LogFormat,
+}
+
+/// The node and its place.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Agent {
+    /// The node's id; unset: made at the first start and kept in the state directory.
+    pub node_id: Option<String>,
+    /// Unset: the system's.
+    pub hostname: Option<String>,
+    /// Where the server and other nodes reach this agent; unset: the address from which this node reaches the server.
+    pub ip: Option<String>,
+    /// Short for `grpc_address: ":PORT"`.
+    pub port: Option<u16>,
+    /// Where gRPC listens.
+    pub grpc_address: ListenAddress,
+    /// Where health and metrics listen.
+    pub http_address: ListenAddress,
+    /// What the node is for.
+    pub role: NodeRole,
+    /// Region.
+    pub region: String,
+    /// Zone.
+    pub zone: String,
+    /// The server.
+    pub server_addr: String,
+    /// Labels of the node.
+    pub labels: BTreeMap<String, String>,
+    /// Only these types; empty: all that the drivers run.
+    pub supported_instance_types: Vec<InstanceType>,
+    /// Where journal and instances are kept.
+    pub state_dir: PathBuf,
+    /// What instances may not use.
+    pub reserved: Reserved,
+}
+
+/// What is kept back for the node itself.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Reserved {
+    /// Cores.
+    pub cpu_cores: u32,
+    /// Memory.
+    pub memory: ByteSize,
+}
+
+/// Signs of life.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Heartbeat {
+    /// How often, where the server does not say.
+    pub interval: HumanDuration,
+    /// How long a call to the server may take.
+    pub timeout: HumanDuration,
+    /// First pause after a failed call; it doubles up to thirty times this.
+    pub retry_interval: HumanDuration,
+}
+
+/// The runtimes.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Drivers {
+    /// QEMU without libvirt.
+    pub qemu: Qemu,
+    /// Runs nothing; for tests.
+    pub fake: Fake,
+}
+
+/// QEMU without libvirt.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Qemu {
+    /// Whether it is used.
+    pub enabled: bool,
+    /// The emulator; unset: from PATH.
+    pub binary: Option<PathBuf>,
+    /// qemu-img; unset: from PATH.
+    pub qemu_img: Option<PathBuf>,
+    /// Where images are; unset: `images` in the state directory.
+    pub image_dir: Option<PathBuf>,
+    /// How guests are accelerated.
+    pub accel: Accel,
+    /// The machine type.
+    pub machine: String,
+}
+
+/// A driver that runs nothing.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Fake {
+    /// Whether it is used.
+    pub enabled: bool,
+    /// What it claims to run.
+    pub instance_type: InstanceType,
+    /// The images it claims to have.
+    pub images: Vec<String>,
+    /// What goes slowly or wrong, as its annotations spell it: `delay-start: 500ms`.
+    pub script: BTreeMap<String, String>,
+}
+
+/// libvirt.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Libvirt {
+    /// Whether it is asked for.
+    pub enabled: bool,
+    /// Connection.
+    pub uri: String,
+    /// Network of instances that name none.
+    pub default_network: String,
+    /// Storage pool of their disks.
+    pub default_storage_pool: String,
+    /// Where images are.
+    pub image_path: String,
+}
+
+/// containerd.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Containerd {
+    /// Whether it is asked for.
+    pub enabled: bool,
+    /// Socket.
+    pub address: String,
+    /// Namespace.
+    pub namespace: String,
+    /// Snapshotter.
+    pub snapshotter: String,
+}
+
+/// Firecracker.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Firecracker {
+    /// Whether it is asked for.
+    pub enabled: bool,
+    /// Program.
+    pub binary_path: String,
+    /// Kernel of guests that name none.
+    pub kernel_path: String,
+    /// Root drive of guests that name none.
+    pub root_drive_path: String,
+    /// Directory of API sockets.
+    pub socket_path: String,
+    /// Directory of logs.
+    pub log_path: String,
+}
+
+/// Certificates.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tls {
+    /// Whether the agent serves, and dials the server, with TLS.
+    pub enabled: bool,
+    /// The agent's certificate.
+    pub cert_file: Option<PathBuf>,
+    /// Its key.
+    pub key_file: Option<PathBuf>,
+    /// The authority.
+    pub ca_file: Option<PathBuf>,
+    /// Whether callers must have a certificate of that authority.
+    pub client_auth: bool,
+}
+
+impl Default for Agent {
+    fn default() -> Self {
+        Self {
+            node_id: None,
+            hostname: None,
+            ip: None,
+            port: None,
+            grpc_address: ListenAddress::all(50052),
+            http_address: ListenAddress::all(8081),
+            role: NodeRole::Worker,
+            region: String::new(),
+            zone: String::new(),
+            server_addr: "127.0.0.1:50051".into(),
+            labels: BTreeMap::new(),
+            supported_instance_types: Vec::new(),
+            state_dir: DEFAULT_STATE_DIR.into(),
+            reserved: Reserved::default(),
+        }
+    }
+}
+
+impl Default for Heartbeat {
+    fn default() -> Self {
+        Self {
+            interval: HumanDuration::from_secs(10),
+            timeout: HumanDuration::from_secs(30),
+            retry_interval: HumanDuration::from_secs(2),
+        }
+    }
+}
+
+impl Default for Qemu {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            binary: None,
+            qemu_img: None,
+            image_dir: None,
+            accel: Accel::Auto,
+            machine: "q35".into(),
+        }
+    }
+}
+
+impl Default for Fake {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            instance_type: InstanceType::Vm,
+            images: vec!["tiny".into()],
+            script: BTreeMap::new(),
+        }
+    }
+}
+
+impl Default for Libvirt {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            uri: "qemu:///system".into(),
+            default_network: "default".into(),
+            default_storage_pool: "default".into(),
+            image_path: "/var/lib/libvirt/images".into(),
+        }
+    }
+}
+
+impl Default for Containerd {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            address: "/run/containerd/containerd.sock".into(),
+            namespace: "hypervisor".into(),
+            snapshotter: "overlayfs".into(),
+        }
+    }
+}
+
+impl Default for Firecracker {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            binary_path: "/usr/bin/firecracker".into(),
+            kernel_path: "/var/lib/hypervisor/firecracker/vmlinux".into(),
+            root_drive_path: "/var/lib/hypervisor/firecracker/rootfs.ext4".into(),
+            socket_path: "/run/hypervisor/firecracker".into(),
+            log_path: "/var/log/hypervisor/firecracker".into(),
+        }
+    }
+}
+
+/// A key whose value cannot be used, and why.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{key}: {problem}")]
+pub struct Refused {
+    /// The dotted key.
+    pub key: &'static str,
+    /// What was found and what was expected.
+    pub problem: String,
+}
+
+impl Config {
+    /// Checks what the types alone do not.
+    ///
+    /// # Errors
+    /// The first key that cannot be used.
+    pub fn check(&self) -> Result<(), Refused> {
+        let refuse = |key, problem: String| Err(Refused { key, problem });
+        let agent = &self.agent;
+        if let Some(Err(invalid)) = agent.node_id.as_ref().map(|id| id.parse::<NodeId>()) {
+            return refuse("agent.node_id", format!("found {}, it {}", invalid.value, invalid.expected));
+        }
+        let written = agent.grpc_address != Agent::default().grpc_address;
+        if let Some(port) = agent.port
+            && written
+            && port != agent.grpc_address.port()
+        {
+            let problem = format!("found {port}, but agent.grpc_address says {}; set one of them", agent.grpc_address);
+            return refuse("agent.port", problem);
+        }
+        if let Err(error) = self.client_options().url() {
+            return refuse("agent.server_addr", error.to_string());
+        }
+        if let Err(invalid) = hv_types::label::validate_labels("agent.labels", &agent.labels) {
+            return refuse("agent.labels", invalid.to_string());
+        }
+        if agent.state_dir.as_os_str().is_empty() {
+            return refuse("agent.state_dir", format!("found nothing, expected a directory, as {DEFAULT_STATE_DIR}"));
+        }
+        for (key, value) in [
+            ("heartbeat.interval", self.heartbeat.interval),
+            ("heartbeat.timeout", self.heartbeat.timeout),
+            ("heartbeat.retry_interval", self.heartbeat.retry_interval),
+        ] {
+            if value.get().is_zero() {
+                return refuse(key, "found 0s, expected more than nothing".into());
+            }
+        }
+        if self.tls.enabled {
+            for (key, file) in [
+                ("tls.cert_file", &self.tls.cert_file),
+                ("tls.key_file", &self.tls.key_file),
+                ("tls.ca_file", &self.tls.ca_file),
+            ] {
+                if file.is_none() {
+                    return refuse(key, "found nothing, expected a PEM file because tls.enabled is true".into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// How the server is reached.
+    #[must_use]
+    pub fn client_options(&self) -> ClientOptions {
+        let tls = self.tls.enabled.then(|| ClientTls {
+            ca: self.tls.ca_file.clone().unwrap_or_default(),
+            cert: self.tls.cert_file.clone(),
+            key: self.tls.key_file.clone(),
+            domain: None,
+        });
+        ClientOptions { tls, ..ClientOptions::new(self.agent.server_addr.clone()) }
+    }
+
+    /// Where gRPC listens.
+    #[must_use]
+    pub fn grpc_address(&self) -> ListenAddress {
+        self.agent.port.map_or_else(|| self.agent.grpc_address.clone(), |port| {
+            if self.agent.grpc_address == Agent::default().grpc_address {
+                ListenAddress::all(port)
+            } else {
+                self.agent.grpc_address.clone()
+            }
+        })
+    }
+}

@@ -1,0 +1,125 @@
+//! What every task of the agent shares.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hv_driver::Driver;
+use hv_types::{InstanceId, InstanceType, NodeId};
+
+use crate::entry::Entry;
+use crate::journal::{Journal, JournalError};
+use crate::plan::Step;
+use crate::reporter::Reports;
+
+/// Bounds on work; the defaults are what a node uses, tests shorten them.
+#[derive(Clone, Debug)]
+pub struct Tuning {
+    /// How often a step is tried before its instance is FAILED.
+    pub attempts: u32,
+    /// Pause after the first failed attempt.
+    pub retry_base: Duration,
+    /// Longest pause.
+    pub retry_max: Duration,
+    /// How often an instance is looked at without a reason.
+    pub look_every: Duration,
+    /// How often the node is looked at.
+    pub inventory_every: Duration,
+    /// How long a driver may take to look at an instance, or to list what it has.
+    pub look_deadline: Duration,
+    /// How long a driver may take to create an instance.
+    pub create_deadline: Duration,
+    /// How long a driver may take for any other step; for a stop, on top of the guest's own time.
+    pub step_deadline: Duration,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self {
+            attempts: 6,
+            retry_base: Duration::from_secs(1),
+            retry_max: Duration::from_mins(1),
+            look_every: Duration::from_secs(10),
+            inventory_every: Duration::from_mins(1),
+            look_deadline: Duration::from_secs(15),
+            create_deadline: Duration::from_mins(10),
+            step_deadline: Duration::from_mins(2),
+        }
+    }
+}
+
+impl Tuning {
+    /// How long a driver may take for a step; `guest_time` is what a guest may take to stop.
+    pub(crate) fn deadline(&self, step: Step, guest_time: Duration) -> Duration {
+        match step {
+            Step::Create => self.create_deadline,
+            Step::Stop => self.step_deadline + guest_time,
+            Step::Start | Step::Pause | Step::Resume | Step::Delete => self.step_deadline,
+        }
+    }
+}
+
+/// The drivers of this node, in the order in which they are preferred.
+#[derive(Clone, Default)]
+pub struct DriverSet {
+    drivers: Vec<Arc<dyn Driver>>,
+}
+
+impl DriverSet {
+    /// These drivers; where two run the same type, new instances go to the first.
+    #[must_use]
+    pub fn new(drivers: Vec<Arc<dyn Driver>>) -> Self {
+        Self { drivers }
+    }
+
+    /// Every driver.
+    pub(crate) fn all(&self) -> &[Arc<dyn Driver>] {
+        &self.drivers
+    }
+
+    /// The driver of this name.
+    pub(crate) fn named(&self, name: &str) -> Option<Arc<dyn Driver>> {
+        self.drivers.iter().find(|driver| driver.name() == name).cloned()
+    }
+
+    /// The driver for new instances of a type.
+    pub(crate) fn for_type(&self, instance_type: InstanceType) -> Option<Arc<dyn Driver>> {
+        self.drivers.iter().find(|driver| driver.instance_type() == instance_type).cloned()
+    }
+}
+
+/// What every task of the agent shares.
+pub(crate) struct Context {
+    pub(crate) node_id: NodeId,
+    pub(crate) boot_id: String,
+    pub(crate) drivers: DriverSet,
+    pub(crate) tuning: Tuning,
+    pub(crate) journal: Arc<Journal>,
+    pub(crate) reports: Reports,
+    /// Instances whose journal cannot be read, and why.
+    pub(crate) damaged: BTreeMap<InstanceId, String>,
+}
+
+impl Context {
+    /// Saves an entry without holding up the runtime.
+    pub(crate) async fn save(&self, entry: Entry) -> Result<(), JournalError> {
+        self.with_journal(move |journal| journal.save(&entry)).await
+    }
+
+    /// Forgets an entry without holding up the runtime.
+    pub(crate) async fn forget(&self, id: InstanceId) -> Result<(), JournalError> {
+        self.with_journal(move |journal| journal.remove(&id)).await
+    }
+
+    /// Works with the journal on a thread that may block.
+    pub(crate) async fn with_journal<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Journal) -> Result<T, JournalError> + Send + 'static,
+    ) -> Result<T, JournalError> {
+        let journal = Arc::clone(&self.journal);
+        match tokio::task::spawn_blocking(move || work(&journal)).await {
+            Ok(result) => result,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+}

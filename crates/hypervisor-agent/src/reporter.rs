@@ -1,0 +1,162 @@
+//! Tells the control plane what was seen, until it has an answer to each report.
+//!
+//! # Theory of operation
+//! Of each instance only the latest report waits, so the queue is bounded by the number of instances. Reports are sent
+//! only while the assignment stream has delivered the whole set: a report of an old binding could otherwise get an
+//! instance removed whose new binding is just on its way.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hv_client::AssignmentClient;
+use hv_proto::v1::{InstanceReport, ReportInstancesRequest, ReportVerdict};
+use hv_telemetry::crash::{Point, reach};
+use hv_types::{Epoch, InstanceId};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::backoff::Backoff;
+use crate::instances::Instances;
+
+/// Most reports in one call: what the contract takes.
+const BATCH: usize = 100;
+
+/// The latest report of each instance that has one to send.
+#[derive(Default)]
+pub(crate) struct Reports {
+    waiting: Mutex<BTreeMap<InstanceId, InstanceReport>>,
+    wake: Notify,
+}
+
+impl Reports {
+    /// Replaces what was to be reported of an instance.
+    pub(crate) fn submit(&self, id: InstanceId, report: InstanceReport) {
+        self.waiting.lock().insert(id, report);
+        self.wake.notify_one();
+    }
+
+    /// Nothing is to be reported of it any more.
+    pub(crate) fn withdraw(&self, id: &InstanceId) {
+        self.waiting.lock().remove(id);
+    }
+
+    fn take(&self) -> Vec<(InstanceId, InstanceReport)> {
+        let mut waiting = self.waiting.lock();
+        let mut batch = Vec::new();
+        while batch.len() < BATCH
+            && let Some(next) = waiting.pop_first()
+        {
+            batch.push(next);
+        }
+        batch
+    }
+
+    /// Puts back what was not answered, unless something newer waits.
+    fn put_back(&self, unanswered: Vec<(InstanceId, InstanceReport)>) {
+        let mut waiting = self.waiting.lock();
+        for (id, report) in unanswered {
+            waiting.entry(id).or_insert(report);
+        }
+    }
+
+    async fn some(&self) {
+        loop {
+            let woken = self.wake.notified();
+            if !self.waiting.lock().is_empty() {
+                return;
+            }
+            woken.await;
+        }
+    }
+}
+
+/// Sends the reports.
+pub(crate) struct Reporter {
+    pub(crate) instances: Arc<Instances>,
+    pub(crate) client: AssignmentClient,
+    /// The cluster, while the whole set of assignments is known.
+    pub(crate) synced: watch::Receiver<Option<String>>,
+    pub(crate) timeout: Duration,
+    pub(crate) backoff: Backoff,
+}
+
+impl Reporter {
+    /// Reports until the agent stops.
+    pub(crate) async fn run(mut self, stopping: CancellationToken) {
+        tokio::select! {
+            () = stopping.cancelled() => {}
+            () = self.report() => {}
+        }
+    }
+
+    async fn report(&mut self) {
+        let context = Arc::clone(self.instances.context());
+        loop {
+            let Ok(cluster_id) = self.synced.wait_for(Option::is_some).await.map(|cluster| cluster.clone()) else {
+                return;
+            };
+            context.reports.some().await;
+            let batch = context.reports.take();
+            reach(Point::AgentReportBefore);
+            let request = ReportInstancesRequest {
+                node_id: context.node_id.to_string(),
+                cluster_id: cluster_id.unwrap_or_default(),
+                reports: batch.iter().map(|(_, report)| report.clone()).collect(),
+            };
+            let call = self.client.report_instances(request);
+            let verdicts = match tokio::time::timeout(self.timeout, call).await {
+                Ok(Ok(answer)) => answer.into_inner().verdicts,
+                Ok(Err(status)) => {
+                    tracing::warn!(code = ?status.code(), error = status.message(), "reports were not taken");
+                    Vec::new()
+                }
+                Err(_) => {
+                    tracing::warn!(timeout = ?self.timeout, "the server does not answer reports");
+                    Vec::new()
+                }
+            };
+            reach(Point::AgentReportAfter);
+            let unanswered = self.conclude(batch, &verdicts).await;
+            if unanswered.is_empty() {
+                self.backoff.reset();
+            } else {
+                context.reports.put_back(unanswered);
+                tokio::time::sleep(self.backoff.pause()).await;
+            }
+        }
+    }
+
+    /// Follows the verdicts; what has none is returned.
+    async fn conclude(
+        &self,
+        batch: Vec<(InstanceId, InstanceReport)>,
+        verdicts: &[i32],
+    ) -> Vec<(InstanceId, InstanceReport)> {
+        let mut unanswered = Vec::new();
+        for (index, (id, report)) in batch.into_iter().enumerate() {
+            let verdict = verdicts.get(index).and_then(|verdict| ReportVerdict::try_from(*verdict).ok());
+            let epoch = Epoch(report.epoch);
+            let name = match verdict {
+                Some(ReportVerdict::Accepted) => {
+                    if report.gone {
+                        self.instances.gone_is_known(&id, epoch, report.observed_generation).await;
+                    }
+                    "accepted"
+                }
+                Some(ReportVerdict::Release) => {
+                    tracing::info!(instance = %id, %epoch, "the control plane says that it is not this node's");
+                    self.instances.release(&id, Some(epoch)).await;
+                    "release"
+                }
+                Some(ReportVerdict::Retry | ReportVerdict::Unspecified) | None => {
+                    unanswered.push((id, report));
+                    "retry"
+                }
+            };
+            metrics::counter!("hypervisor_agent_reports_total", "verdict" => name).increment(1);
+        }
+        unanswered
+    }
+}

@@ -1,0 +1,150 @@
+//! The gRPC port. Handlers translate and nothing else: decisions lie in `hv-cluster`.
+
+mod assignments;
+mod cluster;
+mod compute;
+mod interactive;
+mod request;
+mod watch;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use axum::extract::Request;
+use axum::http::{StatusCode, Version};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use hv_client::{AgentPool, AgentPoolOptions, ClientTls};
+use hv_cluster::{Cluster, Election};
+use hv_proto::v1::assignment_service_server::AssignmentServiceServer;
+use hv_proto::v1::cluster_service_server::ClusterServiceServer;
+use hv_proto::v1::compute_service_server::ComputeServiceServer;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic::transport::server::TcpIncoming;
+use tonic::transport::{Certificate, Identity, ServerTlsConfig};
+use tracing::error;
+
+use crate::settings::TlsSettings;
+
+/// How often an idle connection is checked, and how long the answer may take: a peer that vanished must not hold a
+/// stream for ever.
+const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(10));
+/// Most calls at once on one connection.
+const MAX_STREAMS: u32 = 1024;
+
+/// What every handler shares.
+#[derive(Clone)]
+pub(crate) struct Shared {
+    pub(crate) cluster: Arc<Cluster>,
+    pub(crate) election: Arc<Election>,
+    pub(crate) agents: AgentPool,
+}
+
+/// Every service, behind the request id.
+pub(crate) fn router(cluster: &Arc<Cluster>, election: &Arc<Election>, tls: &TlsSettings) -> anyhow::Result<Routes> {
+    let context = Shared {
+        cluster: cluster.clone(),
+        election: election.clone(),
+        agents: AgentPool::new(AgentPoolOptions { tls: client_tls(tls), ..AgentPoolOptions::default() }),
+    };
+    let bound = hv_proto::MAX_MESSAGE_BYTES;
+    let cluster_service = ClusterServiceServer::new(cluster::Service(context.clone()));
+    let compute_service = ComputeServiceServer::new(compute::Service(context.clone()));
+    let assignment_service = AssignmentServiceServer::new(assignments::Service(context));
+    let (reporter, health) = tonic_health::server::health_reporter();
+    // Serving starts with the port: until the cache is filled calls wait for it, and `/readyz` says so.
+    drop(reporter);
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(hv_proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .context("the descriptors cannot be served")?;
+    let mut routes = Routes::builder();
+    routes
+        .add_service(cluster_service.max_decoding_message_size(bound).max_encoding_message_size(bound))
+        .add_service(compute_service.max_decoding_message_size(bound).max_encoding_message_size(bound))
+        .add_service(assignment_service.max_decoding_message_size(bound).max_encoding_message_size(bound))
+        .add_service(health)
+        .add_service(reflection);
+    let router = routes
+        .routes()
+        .into_axum_router()
+        .layer(axum::middleware::from_fn(hv_telemetry::request_id::propagate))
+        .layer(axum::middleware::from_fn(refuse_http1));
+    Ok(router.into())
+}
+
+/// Somebody with a browser or `curl` on the gRPC port is told so, instead of a connection that just closes.
+async fn refuse_http1(request: Request, next: Next) -> Response {
+    if request.version() == Version::HTTP_2 {
+        return next.run(request).await;
+    }
+    let text = "this port speaks gRPC over HTTP/2; health and metrics are on the HTTP port (8080 by default)\n";
+    (StatusCode::HTTP_VERSION_NOT_SUPPORTED, text).into_response()
+}
+
+/// The port's certificate, if it has one.
+pub(crate) fn tls(settings: &TlsSettings) -> anyhow::Result<Option<ServerTlsConfig>> {
+    let (true, Some(cert), Some(key)) = (settings.enabled, &settings.cert_file, &settings.key_file) else {
+        return Ok(None);
+    };
+    let read = |path: &std::path::Path, name: &str| {
+        std::fs::read(path).with_context(|| format!("tls.{name}: {} cannot be read", path.display()))
+    };
+    let mut config = ServerTlsConfig::new()
+        .identity(Identity::from_pem(read(cert, "cert_file")?, read(key, "key_file")?));
+    if let Some(ca) = &settings.ca_file {
+        config = config
+            .client_ca_root(Certificate::from_pem(read(ca, "ca_file")?))
+            .client_auth_optional(!settings.client_auth);
+    }
+    Ok(Some(config))
+}
+
+/// Agents are called with this server's own certificate.
+fn client_tls(settings: &TlsSettings) -> Option<ClientTls> {
+    let ca = settings.ca_file.clone().filter(|_| settings.enabled)?;
+    Some(ClientTls { ca, cert: settings.cert_file.clone(), key: settings.key_file.clone(), domain: None })
+}
+
+/// Serves until `stop`, then lets running calls end.
+pub(crate) async fn serve(
+    routes: Routes,
+    listener: TcpListener,
+    tls: Option<ServerTlsConfig>,
+    stop: CancellationToken,
+) {
+    let builder = tonic::transport::Server::builder()
+        .accept_http1(true)
+        .http2_keepalive_interval(Some(KEEP_ALIVE.0))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE.1))
+        .max_concurrent_streams(Some(MAX_STREAMS));
+    let builder = match tls {
+        None => Ok(builder),
+        Some(tls) => builder.tls_config(tls),
+    };
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let served = match builder {
+        Ok(mut builder) => {
+            builder.add_routes(routes).serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await
+        }
+        Err(cause) => Err(cause),
+    };
+    if let Err(cause) = served {
+        error!(error = hv_telemetry::error_chain(&cause), "the gRPC port failed");
+    }
+}
+
+/// The empty reply.
+pub(crate) fn empty() -> pbjson_types::Empty {
+    pbjson_types::Empty {}
+}
+
+/// The version that the API shows.
+pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// A stream of replies.
+pub(crate) type ReplyStream<T> = futures::stream::BoxStream<'static, Result<T, tonic::Status>>;

