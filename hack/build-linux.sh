@@ -24,22 +24,18 @@ missing_for() {
   [ -d "$(rustc --print target-libdir --target "$target")" ] || printf ' the Rust target (rustup target add %s)' "$target"
   have "$machine-linux-gnu-gcc" ||
     printf ' a C cross compiler (apt-get install gcc-%s-linux-gnu)' "${machine//_/-}"
+  return 0
 }
 
 build_for() {
-  local arch=$1 machine target missing program linker
+  local arch=$1 machine target program linker
   machine=$(machine_of "$arch")
   target=$machine-unknown-linux-gnu
-  missing=$(missing_for "$machine" "$target")
-  if [ -n "$missing" ]; then
-    warn "linux-$arch cannot be built here, missing:$missing"
-    return 1
-  fi
   if [ "$machine" != "$(uname -m)" ]; then
     linker=CARGO_TARGET_$(tr '[:lower:]-' '[:upper:]_' <<<"$target")_LINKER
     export "$linker=$machine-linux-gnu-gcc" "CC_${target//-/_}=$machine-linux-gnu-gcc"
   fi
-  cargo build --release --target "$target" "${PROGRAMS[@]/#/--package=}" || return 1
+  cargo build --release --target "$target" "${PROGRAMS[@]/#/--package=}"
   mkdir -p "bin/linux-$arch"
   for program in "${PROGRAMS[@]}"; do
     install -m 755 "$TARGET/$target/release/$program" "bin/linux-$arch/$program"
@@ -48,15 +44,22 @@ build_for() {
 }
 
 main() {
-  local arch failed=()
+  local arch machine missing possible=() impossible=()
   [ $# -gt 0 ] || die "usage: hack/build-linux.sh amd64|arm64..."
   for arch in "$@"; do
-    machine_of "$arch" >/dev/null
+    machine=$(machine_of "$arch")
+    missing=$(missing_for "$machine" "$machine-unknown-linux-gnu")
+    if [ -z "$missing" ]; then
+      possible+=("$arch")
+    else
+      impossible+=("linux-$arch")
+      warn "linux-$arch cannot be built here, missing:$missing"
+    fi
   done
-  for arch in "$@"; do
-    build_for "$arch" || failed+=("linux-$arch")
+  for arch in "${possible[@]}"; do
+    build_for "$arch"
   done
-  [ ${#failed[@]} -eq 0 ] || die "not built: ${failed[*]}"
+  [ ${#impossible[@]} -eq 0 ] || die "not built: ${impossible[*]}"
 }
 
 main "$@"

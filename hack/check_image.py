@@ -167,6 +167,8 @@ def main():
     parser.add_argument("--boot-only", action="store_true", help="stop at the greeting")
     parser.add_argument("kind", nargs="*", metavar="directory|disk", help="which image; both where none is named")
     options = parser.parse_args()
+    if not (options.cache / "images/tiny/cmdline").is_file():
+        raise CheckError(f"no images in {options.cache}/images: run hack/setup.sh images")
     for kind in options.kind or ("directory", "disk"):
         check(options.cache / "images", kind, options)
 

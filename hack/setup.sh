@@ -138,17 +138,22 @@ setup_images() {
   "${build[@]}"
 }
 
+# One part that fails does not keep the others from being there. Each is a run of its own: inside of a function whose
+# status is tested, bash would not stop at the first failure.
+setup_all() {
+  local part failed=()
+  for part in packages tools images; do
+    "${BASH_SOURCE[0]}" "$part" || failed+=("$part")
+  done
+  [ ${#failed[@]} -eq 0 ] || die "set-up failed: ${failed[*]}"
+}
+
 main() {
   case ${1:-all} in
     packages) setup_packages ;;
     tools) setup_tools ;;
     images) setup_images ;;
-    all)
-      # Not joined by &&: a function that is tested so runs on after a failure inside it.
-      setup_packages
-      setup_tools
-      setup_images
-      ;;
+    all) setup_all ;;
     *) die "unknown part '$1': packages, tools, images or all" ;;
   esac
 }

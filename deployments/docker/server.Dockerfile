@@ -10,7 +10,7 @@ COPY . .
 RUN cargo build --release --locked --package hypervisor-server --package hypervisor-ctl
 
 FROM ${BASE_IMAGE}
-RUN useradd --system --uid 64010 --home-dir /var/lib/hypervisor --create-home --shell /usr/sbin/nologin hypervisor
+RUN useradd --system --uid 901 --home-dir /var/lib/hypervisor --create-home --shell /usr/sbin/nologin hypervisor
 COPY --from=build /src/target/release/hypervisor-server /src/target/release/hypervisor-ctl /usr/local/bin/
 USER hypervisor
 VOLUME /var/lib/hypervisor

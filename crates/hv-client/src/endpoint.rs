@@ -24,6 +24,8 @@ pub enum Peer {
     /// A `hypervisor-server`.
     #[default]
     Server,
+    /// A `hypervisor-server`, dialled by an agent.
+    ServerOfNode,
     /// A `hypervisor-agent`.
     Agent,
 }
@@ -31,7 +33,7 @@ pub enum Peer {
 impl Peer {
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Self::Server => "hypervisor-server",
+            Self::Server | Self::ServerOfNode => "hypervisor-server",
             Self::Agent => "hypervisor-agent",
         }
     }
@@ -39,6 +41,7 @@ impl Peer {
     pub(crate) fn remedy(self) -> &'static str {
         match self {
             Self::Server => "is it running? set --server or HYPERVISOR_SERVER",
+            Self::ServerOfNode => "is it running? set --server-addr or agent.server_addr",
             Self::Agent => "is the agent running on that node, and its gRPC port open to this machine?",
         }
     }

@@ -21,14 +21,17 @@ const INPUT_QUEUE: usize = 64;
 const MAX_CAT_BYTES: usize = 16 << 20;
 
 /// What was printed, and what will be; taken together so that nothing is lost or doubled in between.
-fn attach(shared: &Shared, id: &InstanceId, what: &'static str) -> Result<(Vec<u8>, Option<broadcast::Receiver<Bytes>>)> {
+fn attach(
+    shared: &Shared,
+    id: &InstanceId,
+    what: &'static str,
+) -> Result<(Vec<u8>, Option<broadcast::Receiver<Bytes>>)> {
     let mut live = shared.live.lock();
     let record = shared.settled(&mut live, id, what)?;
     let history = shared.files.printed(id).map_err(|e| DriverError::failed(id, what, e))?;
     let runs = matches!(record.phase, Phase::Running { .. } | Phase::Paused { .. });
-    let receiver = runs.then(|| {
-        live.entry(id.clone()).or_insert_with(|| broadcast::channel(CONSOLE_QUEUE).0).subscribe()
-    });
+    let receiver = runs
+        .then(|| live.entry(id.clone()).or_insert_with(|| broadcast::channel(CONSOLE_QUEUE).0).subscribe());
     Ok((history, receiver))
 }
 
@@ -64,7 +67,11 @@ pub(crate) fn console(shared: &Arc<Shared>, id: &InstanceId) -> Result<Console> 
     Ok(Console { output: history.chain(until_closed(receiver)).boxed(), input })
 }
 
-pub(crate) fn logs(shared: &Shared, id: &InstanceId, request: LogRequest) -> Result<BoxStream<'static, Result<Bytes>>> {
+pub(crate) fn logs(
+    shared: &Shared,
+    id: &InstanceId,
+    request: LogRequest,
+) -> Result<BoxStream<'static, Result<Bytes>>> {
     let (history, receiver) = attach(shared, id, "logs")?;
     let wanted = match request.tail_lines {
         Some(lines) => log::last_lines(&history, lines).to_vec(),
@@ -97,7 +104,12 @@ pub(crate) fn exec(request: ExecRequest, env: &BTreeMap<String, String>) -> Exec
 
 type Output = mpsc::Sender<Result<ExecOutput>>;
 
-async fn run(command: &[String], env: &BTreeMap<String, String>, input: mpsc::Receiver<Input>, out: &Output) -> i32 {
+async fn run(
+    command: &[String],
+    env: &BTreeMap<String, String>,
+    input: mpsc::Receiver<Input>,
+    out: &Output,
+) -> i32 {
     let words: Vec<_> = command.iter().map(String::as_str).collect();
     let print = async |text: String| {
         let _ = out.send(Ok(ExecOutput::Stdout(text.into()))).await;

@@ -19,8 +19,8 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use hv_driver::{
-    Capability, Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Exit, Fingerprint, Handle,
-    InstanceConfig, LogRequest, Observed, Result, Running, Stats, StopMode,
+    Capability, Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Exit, Fingerprint,
+    Handle, InstanceConfig, LogRequest, Observed, Result, Running, Stats, StopMode,
 };
 use hv_types::{ImageInfo, InstanceId, InstanceType};
 use parking_lot::Mutex;
@@ -191,7 +191,10 @@ impl Shared {
 
     /// The next number of a sequence that the seed determines, from 0 to below 1 (splitmix64).
     fn draw(&self) -> f64 {
-        let mut z = self.draws.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self
+            .draws
+            .fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed)
+            .wrapping_add(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^= z >> 31;
@@ -240,7 +243,8 @@ impl Shared {
     fn started(&self, live: &mut Live, record: &mut Record, script: &Script) -> Result<()> {
         let id = record.config.id.clone();
         let now = now_ms();
-        let exit_at_ms = script.exit_after.map(|after| now + u64::try_from(after.as_millis()).unwrap_or(u64::MAX / 2));
+        let exit_at_ms =
+            script.exit_after.map(|after| now + u64::try_from(after.as_millis()).unwrap_or(u64::MAX / 2));
         record.phase = Phase::Running { since_ms: now, exit_at_ms, exit_code: script.exit_code };
         record.starts += 1;
         // The ledger first: a start that was recorded twice would be found, one that was not recorded would not.
@@ -337,7 +341,9 @@ impl Driver for FakeDriver {
         let record = self.shared.settled(&mut self.shared.live.lock(), id, "start")?;
         match record.phase {
             Phase::Running { .. } => return Ok(Shared::handle(&record)),
-            Phase::Paused { .. } => return Err(DriverError::wrong_state(id, "start", "it is paused; resume it")),
+            Phase::Paused { .. } => {
+                return Err(DriverError::wrong_state(id, "start", "it is paused; resume it"));
+            }
             Phase::Creating => return Err(half_created(id, "start")),
             Phase::Stopped(_) => {}
         }
@@ -406,7 +412,8 @@ impl Driver for FakeDriver {
         let mut record = self.shared.settled(&mut live, id, "resume")?;
         let Phase::Paused { since_ms } = record.phase else { return Err(not_running(id, "resume")) };
         let script = self.shared.script_of(&record.config)?;
-        let exit_at_ms = script.exit_after.map(|after| now_ms() + u64::try_from(after.as_millis()).unwrap_or(0));
+        let exit_at_ms =
+            script.exit_after.map(|after| now_ms() + u64::try_from(after.as_millis()).unwrap_or(0));
         record.phase = Phase::Running { since_ms, exit_at_ms, exit_code: script.exit_code };
         self.shared.save(&record, "resume")?;
         self.shared.watch_end(&record);
@@ -447,7 +454,10 @@ impl Driver for FakeDriver {
     async fn list(&self) -> Result<Vec<InstanceId>> {
         self.shared.files.list().map_err(|e| DriverError::Unavailable {
             driver: NAME,
-            reason: format!("cannot read {}: {e}; check drivers.fake.state_dir", self.shared.files.dir.display()),
+            reason: format!(
+                "cannot read {}: {e}; check drivers.fake.state_dir",
+                self.shared.files.dir.display()
+            ),
         })
     }
 
@@ -470,7 +480,9 @@ impl Driver for FakeDriver {
         let (Phase::Running { since_ms, .. } | Phase::Paused { since_ms }) = record.phase else {
             return Err(not_running(id, "stats"));
         };
-        let elapsed = SystemTime::now().duration_since(UNIX_EPOCH + Duration::from_millis(since_ms)).unwrap_or_default();
+        let elapsed = SystemTime::now()
+            .duration_since(UNIX_EPOCH + Duration::from_millis(since_ms))
+            .unwrap_or_default();
         let ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
         let spec = &record.config.spec;
         // Every core is busy a tenth of the time.
@@ -496,7 +508,9 @@ impl Driver for FakeDriver {
         let record = self.shared.settled(&mut self.shared.live.lock(), id, "exec")?;
         match record.phase {
             Phase::Running { .. } => Ok(guest::exec(request, &record.config.spec.env)),
-            Phase::Paused { .. } => Err(DriverError::wrong_state(id, "exec", "it is paused; resume it first")),
+            Phase::Paused { .. } => {
+                Err(DriverError::wrong_state(id, "exec", "it is paused; resume it first"))
+            }
             Phase::Creating | Phase::Stopped(_) => Err(not_running(id, "exec")),
         }
     }

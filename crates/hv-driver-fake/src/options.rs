@@ -233,15 +233,22 @@ mod duration {
     pub(super) mod option {
         use super::{Deserialize, Deserializer, Duration, Error, Serializer, parse};
 
-        pub(in super::super) fn serialize<S: Serializer>(v: &Option<Duration>, out: S) -> Result<S::Ok, S::Error> {
+        pub(in super::super) fn serialize<S: Serializer>(
+            v: &Option<Duration>,
+            out: S,
+        ) -> Result<S::Ok, S::Error> {
             match v {
                 Some(v) => super::serialize(v, out),
                 None => out.serialize_none(),
             }
         }
 
-        pub(in super::super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
-            Option::<String>::deserialize(from)?.map(|text| parse(&text).map_err(D::Error::custom)).transpose()
+        pub(in super::super) fn deserialize<'de, D: Deserializer<'de>>(
+            from: D,
+        ) -> Result<Option<Duration>, D::Error> {
+            Option::<String>::deserialize(from)?
+                .map(|text| parse(&text).map_err(D::Error::custom))
+                .transpose()
         }
     }
 }
@@ -267,7 +274,9 @@ mod tests {
 
     #[test]
     fn an_annotation_that_is_not_understood_is_named() {
-        for (key, value) in [("delay-start", "5"), ("fail-create", "-1"), ("fial-create", "1"), ("nonsense", "")] {
+        for (key, value) in
+            [("delay-start", "5"), ("fail-create", "-1"), ("fial-create", "1"), ("nonsense", "")]
+        {
             let refusal = annotated(key, value).unwrap_err();
             assert!(refusal.contains(key), "{refusal}");
         }

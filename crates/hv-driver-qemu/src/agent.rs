@@ -38,9 +38,15 @@ const INPUT_QUEUE: usize = 1;
 /// Starts a command. What it prints comes at its end.
 pub(crate) async fn exec(machine: Arc<Machine>, request: ExecRequest) -> Result<Exec> {
     let id = machine.id.clone();
-    let unsupported = |reason: &str| DriverError::Unsupported { driver: NAME, operation: "exec", reason: reason.to_owned() };
+    let unsupported = |reason: &str| DriverError::Unsupported {
+        driver: NAME,
+        operation: "exec",
+        reason: reason.to_owned(),
+    };
     if request.tty.is_some() {
-        return Err(unsupported("qemu's guest agent has no terminals; run it without one, or use the console"));
+        return Err(unsupported(
+            "qemu's guest agent has no terminals; run it without one, or use the console",
+        ));
     }
     let Some((program, arguments)) = request.command.split_first() else {
         return Err(unsupported("an empty command cannot be run"));
@@ -52,7 +58,8 @@ pub(crate) async fn exec(machine: Arc<Machine>, request: ExecRequest) -> Result<
     }
     let failed = |problem: Problem| DriverError::failed(&id, "exec", problem);
     let silent = |_| {
-        let reason = "the guest agent does not answer; install qemu-guest-agent in the guest, or wait until it is up";
+        let reason =
+            "the guest agent does not answer; install qemu-guest-agent in the guest, or wait until it is up";
         DriverError::wrong_state(&id, "exec", reason)
     };
     let pid = {
@@ -92,7 +99,8 @@ pub(crate) async fn exec(machine: Arc<Machine>, request: ExecRequest) -> Result<
             }
         }
     });
-    let output = stream::unfold(printed, |mut printed| async { printed.recv().await.map(|item| (item, printed)) });
+    let output =
+        stream::unfold(printed, |mut printed| async { printed.recv().await.map(|item| (item, printed)) });
     Ok(Exec { output: output.boxed(), input })
 }
 
@@ -157,19 +165,27 @@ impl Agent {
         let socket = machine.dir.socket(AGENT_SOCKET);
         let stream = UnixStream::connect(&socket).await.map_err(Problem::file("connect to", &socket))?;
         let mut agent = Self { stream: BufReader::new(stream) };
-        tokio::time::timeout(SYNC_TIMEOUT, agent.synchronise(&machine.id)).await.map_err(|_| timed_out("its greeting"))??;
+        tokio::time::timeout(SYNC_TIMEOUT, agent.synchronise(&machine.id))
+            .await
+            .map_err(|_| timed_out("its greeting"))??;
         Ok(agent)
     }
 
     async fn synchronise(&mut self, id: &InstanceId) -> Outcome<()> {
-        let io = |source| Problem::File { action: "talk to the guest agent of", path: id.as_str().into(), source };
+        let io =
+            |source| Problem::File { action: "talk to the guest agent of", path: id.as_str().into(), source };
         let number = crate::files::now_ms();
         let line = json!({ "execute": "guest-sync-delimited", "arguments": { "id": number } });
         // The delimiter first makes the guest's parser drop half a request of an earlier client.
-        self.stream.get_mut().write_all(&[&[0xff], line.to_string().as_bytes(), b"\n"].concat()).await.map_err(io)?;
+        self.stream
+            .get_mut()
+            .write_all(&[&[0xff], line.to_string().as_bytes(), b"\n"].concat())
+            .await
+            .map_err(io)?;
         loop {
             let mut skipped = Vec::new();
-            let length = (&mut self.stream).take(MAX_ANSWER_BYTES).read_until(0xff, &mut skipped).await.map_err(io)?;
+            let length =
+                (&mut self.stream).take(MAX_ANSWER_BYTES).read_until(0xff, &mut skipped).await.map_err(io)?;
             if length == 0 {
                 return Err(Problem::Disconnected("the guest agent's greeting".to_owned()));
             }

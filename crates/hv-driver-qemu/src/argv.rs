@@ -56,7 +56,10 @@ pub(crate) fn arguments(stored: &Stored, machine: &str, platform: &Platform) -> 
     boot(&mut list, stored);
     disks(&mut list, stored);
     list.pair("-netdev", "user,id=net0");
-    list.pair("-device", format!("virtio-net-pci,netdev=net0,mac={},romfile=", mac_address(config.id.as_str())));
+    list.pair(
+        "-device",
+        format!("virtio-net-pci,netdev=net0,mac={},romfile=", mac_address(config.id.as_str())),
+    );
     list.pair("-device", "virtio-balloon-pci,id=balloon0").pair("-device", "virtio-rng-pci");
     list.pair("-device", "virtio-serial-pci");
     list.pair("-chardev", format!("socket,id=agent,path={AGENT_SOCKET},server=on,wait=off"));
@@ -91,7 +94,8 @@ fn disks(list: &mut Arguments, stored: &Stored) {
         let (slot, function) = (FIRST_DISK_SLOT + index / FUNCTIONS, index % FUNCTIONS);
         let address = format!("bus=pcie.0,addr={slot:#x}.{function:#x},multifunction=on");
         let serial = escape(&disk.serial);
-        let device = format!("virtio-blk-pci,id=virtio-disk{index},drive=disk{index},serial={serial},{address}");
+        let device =
+            format!("virtio-blk-pci,id=virtio-disk{index},drive=disk{index},serial={serial},{address}");
         let is_boot_disk = index == 0 && stored.kernel.is_none();
         list.pair("-device", if is_boot_disk { format!("{device},bootindex=1") } else { device });
     }

@@ -66,7 +66,11 @@ pub(crate) struct ConsoleHub {
 }
 
 impl ConsoleHub {
-    pub(crate) fn start(dir: Arc<InstanceDir>, ended: watch::Receiver<bool>, cancelled: CancellationToken) -> Self {
+    pub(crate) fn start(
+        dir: Arc<InstanceDir>,
+        ended: watch::Receiver<bool>,
+        cancelled: CancellationToken,
+    ) -> Self {
         let (attach, attaching) = mpsc::channel(16);
         let (input, typed) = mpsc::channel(INPUT_QUEUE);
         let task = Task { dir, offset: 0, viewers: broadcast::channel(VIEWER_QUEUE).0 };
@@ -154,7 +158,9 @@ impl Task {
         let watched = [CONSOLE, EVENTS, STDERR].map(|name| self.dir.file(name));
         let notify = match Notify::writes_to(&[&watched[0], &watched[1], &watched[2]]) {
             Ok(notify) => notify,
-            Err(error) => return tracing::warn!(%error, dir = %self.dir.path.display(), "the console cannot be followed"),
+            Err(error) => {
+                return tracing::warn!(%error, dir = %self.dir.path.display(), "the console cannot be followed");
+            }
         };
         // What is there already is history.
         self.offset = fs::metadata(&watched[0]).map_or(0, |file| file.len());

@@ -24,22 +24,31 @@ const OWN_NETWORKS: [&str; 3] = ["", "default", "user"];
 pub(crate) fn unsupported(spec: &InstanceSpec) -> Option<(&'static str, String)> {
     let network = spec.network.as_ref();
     if let Some(network) = network.filter(|network| !OWN_NETWORKS.contains(&network.network_id.as_str())) {
-        let reason = format!("spec.network.network_id `{}`: it has user-mode networking only", network.network_id);
+        let reason =
+            format!("spec.network.network_id `{}`: it has user-mode networking only", network.network_id);
         return Some(("connect an instance to that network", reason));
     }
-    if network.is_some_and(|n| !n.security_groups.is_empty() || !n.subnet_id.is_empty() || n.assign_public_ip) {
+    if network.is_some_and(|n| !n.security_groups.is_empty() || !n.subnet_id.is_empty() || n.assign_public_ip)
+    {
         let reason = "spec.network: user-mode networking has no subnets, security groups or public addresses";
         return Some(("connect an instance so", reason.to_owned()));
     }
     if !spec.volume_mounts.is_empty() {
-        return Some(("mount volumes", "spec.volume_mounts: use spec.disks for a virtual machine".to_owned()));
+        return Some((
+            "mount volumes",
+            "spec.volume_mounts: use spec.disks for a virtual machine".to_owned(),
+        ));
     }
     if !spec.command.is_empty() || !spec.args.is_empty() || !spec.env.is_empty() {
-        let reason = "spec.command, spec.args and spec.env are for containers; use spec.user_data or spec.kernel_args";
+        let reason =
+            "spec.command, spec.args and spec.env are for containers; use spec.user_data or spec.kernel_args";
         return Some(("run a command instead of a guest system", reason.to_owned()));
     }
     if spec.limits.is_some_and(|limits| limits != hv_types::ResourceLimits::default()) {
-        return Some(("enforce limits", "spec.limits: a virtual machine is bounded by cpu_cores and memory_bytes".to_owned()));
+        return Some((
+            "enforce limits",
+            "spec.limits: a virtual machine is bounded by cpu_cores and memory_bytes".to_owned(),
+        ));
     }
     None
 }
@@ -47,13 +56,19 @@ pub(crate) fn unsupported(spec: &InstanceSpec) -> Option<(&'static str, String)>
 /// What this node can never run.
 pub(crate) fn check(spec: &InstanceSpec, boot: &Boot) -> Result<(), String> {
     if spec.cpu_cores == 0 || spec.cpu_cores > MAX_CORES {
-        return Err(format!("spec.cpu_cores must be between 1 and {MAX_CORES} on this node; got {}", spec.cpu_cores));
+        return Err(format!(
+            "spec.cpu_cores must be between 1 and {MAX_CORES} on this node; got {}",
+            spec.cpu_cores
+        ));
     }
     let boot_disk = spec.disks.iter().find(|disk| disk.boot);
     match (boot_disk, &boot.disk) {
         (Some(disk), Some(base)) if disk.size_bytes != 0 && disk.size_bytes < base.size_bytes => {
             let (asked, least) = (disk.size_bytes, base.size_bytes);
-            Err(format!("spec.disks[{}].size_bytes must be at least the image's {least} bytes; got {asked}", disk.name))
+            Err(format!(
+                "spec.disks[{}].size_bytes must be at least the image's {least} bytes; got {asked}",
+                disk.name
+            ))
         }
         (Some(disk), None) if disk.size_bytes == 0 => {
             Err(format!("spec.disks[{}].size_bytes must be given, because the image has no disk", disk.name))

@@ -8,8 +8,8 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use hv_driver::{
-    Capability, Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Exit, Fingerprint, Handle,
-    InstanceConfig, LogRequest, Observed, Result, Stats, StopMode, log,
+    Capability, Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Exit, Fingerprint,
+    Handle, InstanceConfig, LogRequest, Observed, Result, Stats, StopMode, log,
 };
 use hv_telemetry::crash::{self, Point};
 use hv_types::{ImageInfo, InstanceId, InstanceType};
@@ -70,7 +70,8 @@ impl QemuDriver {
     /// A driver over a state directory. Neither it nor QEMU need be there: [`Driver::fingerprint`] says what is missing.
     #[must_use]
     pub fn new(options: QemuOptions) -> Self {
-        let shared = Shared { events: broadcast::channel(EVENT_QUEUE).0, cancelled: CancellationToken::new() };
+        let shared =
+            Shared { events: broadcast::channel(EVENT_QUEUE).0, cancelled: CancellationToken::new() };
         // QEMU runs in a directory of its own, so every path must be good from everywhere.
         let absolute = |path: &std::path::Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         Self {
@@ -103,12 +104,15 @@ impl QemuDriver {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 return Ok(if self.state.trash(id).exists() { Found::Part } else { Found::Nothing });
             }
-            other => other.map_err(Problem::file("open", &path)).map_err(|e| DriverError::failed(id, operation, e))?,
+            other => other
+                .map_err(Problem::file("open", &path))
+                .map_err(|e| DriverError::failed(id, operation, e))?,
         };
         let stored = dir.read::<Stored>(CONFIG).map_err(|e| DriverError::failed(id, operation, e))?;
         let Some(stored) = stored else { return Ok(Found::Part) };
         if stored.version > Stored::VERSION {
-            let reason = format!("it was made by a newer version of the agent ({}); run that one", stored.version);
+            let reason =
+                format!("it was made by a newer version of the agent ({}); run that one", stored.version);
             return Err(DriverError::invalid(id, reason));
         }
         let machine = Arc::new(Machine::new(dir, stored, self.shared.clone()));
@@ -143,9 +147,10 @@ impl QemuDriver {
         create::check(&config.spec, &boot).map_err(|reason| DriverError::invalid(id, reason))?;
         let qemu_img = self.options.qemu_img.clone().or_else(|| platform::find("qemu-img"));
         create::prepare(&self.state, config, &boot, qemu_img).await.map_err(|problem| match problem {
-            Problem::Spawn { tool, remedy, source } => {
-                DriverError::Unavailable { driver: NAME, reason: format!("{tool} could not be run ({source}); {remedy}") }
-            }
+            Problem::Spawn { tool, remedy, source } => DriverError::Unavailable {
+                driver: NAME,
+                reason: format!("{tool} could not be run ({source}); {remedy}"),
+            },
             other => DriverError::failed(id, "create", other),
         })
     }
@@ -272,10 +277,15 @@ impl Driver for QemuDriver {
     async fn stats(&self, id: &InstanceId) -> Result<Stats> {
         let (_, live) = self.live(id, "stats").await?;
         let failed = |problem: Problem| DriverError::failed(id, "stats", problem);
-        let (cpu_time_ns, memory_used_bytes) = live.process.usage().map_err(Problem::Process).map_err(failed)?;
+        let (cpu_time_ns, memory_used_bytes) =
+            live.process.usage().map_err(Problem::Process).map_err(failed)?;
         let devices = live.monitor.command("query-blockstats", None).await.map_err(failed)?;
         let sum = |counter: &str| {
-            let counters = devices.as_array().into_iter().flatten().filter_map(|device| device["stats"][counter].as_u64());
+            let counters = devices
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(|device| device["stats"][counter].as_u64());
             counters.sum()
         };
         Ok(Stats {

@@ -5,8 +5,8 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use hv_driver::{
-    Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Fingerprint, Handle, InstanceConfig,
-    LogRequest, Observed, Result, Stats, StopMode,
+    Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Fingerprint, Handle,
+    InstanceConfig, LogRequest, Observed, Result, Stats, StopMode,
 };
 use hv_types::{ImageInfo, InstanceId, InstanceType};
 
@@ -105,7 +105,11 @@ impl Driver for QemuDriver {
         unavailable()
     }
 
-    async fn logs(&self, _id: &InstanceId, _request: LogRequest) -> Result<BoxStream<'static, Result<Bytes>>> {
+    async fn logs(
+        &self,
+        _id: &InstanceId,
+        _request: LogRequest,
+    ) -> Result<BoxStream<'static, Result<Bytes>>> {
         unavailable()
     }
 

@@ -103,7 +103,8 @@ mod tests {
 
     #[test]
     fn the_last_shutdown_event_tells_the_reason() {
-        let shutdown = |reason: &str| format!("{{\"event\": \"SHUTDOWN\", \"data\": {{\"reason\": \"{reason}\"}}}}\n");
+        let shutdown =
+            |reason: &str| format!("{{\"event\": \"SHUTDOWN\", \"data\": {{\"reason\": \"{reason}\"}}}}\n");
         let powerdown = "{\"event\": \"POWERDOWN\"}\n";
         let cases = [
             (String::new(), None),

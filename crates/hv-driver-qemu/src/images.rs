@@ -132,7 +132,9 @@ impl Images {
             return self.directory(name, &dir);
         }
         for ending in ENDINGS {
-            if let Some(path) = self.inside(Path::new(&format!("{name}.{ending}")))?.filter(|path| path.is_file()) {
+            if let Some(path) =
+                self.inside(Path::new(&format!("{name}.{ending}")))?.filter(|path| path.is_file())
+            {
                 return Ok(Boot { disk: Some(base(&path)?), ..Boot::default() });
             }
         }
@@ -150,7 +152,8 @@ impl Images {
         }
         let cmdline = match part("cmdline")? {
             None => String::new(),
-            Some(path) => read_bounded(&path, MAX_CMDLINE_BYTES).map_err(|e| format!("has an unreadable `cmdline`: {e}"))?,
+            Some(path) => read_bounded(&path, MAX_CMDLINE_BYTES)
+                .map_err(|e| format!("has an unreadable `cmdline`: {e}"))?,
         };
         let disk = disk.as_deref().map(base).transpose()?;
         Ok(Boot { kernel, initrd: part("initrd")?, cmdline: cmdline.trim().to_owned(), disk })
@@ -167,7 +170,9 @@ impl Images {
     fn inside(&self, relative: &Path) -> Result<Option<PathBuf>, String> {
         let unreadable = |e: io::Error| format!("cannot be looked up: {e}");
         let real = match self.dir.join(relative).canonicalize() {
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                return Ok(None);
+            }
             other => other.map_err(unreadable)?,
         };
         if !real.starts_with(self.dir.canonicalize().map_err(unreadable)?) {
@@ -207,7 +212,11 @@ fn base(path: &Path) -> Result<Base, String> {
     let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
     let is_qcow2 = header.starts_with(&QCOW2_MAGIC);
     if ending == "raw" || (ending == "img" && !is_qcow2) {
-        return Ok(Base { path: path.to_owned(), format: Format::Raw, size_bytes: length.next_multiple_of(512) });
+        return Ok(Base {
+            path: path.to_owned(),
+            format: Format::Raw,
+            size_bytes: length.next_multiple_of(512),
+        });
     }
     if !is_qcow2 || header.len() < 104 {
         return Err("is no qcow2 image; check the file".to_owned());

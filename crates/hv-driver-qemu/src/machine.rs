@@ -22,8 +22,8 @@ use crate::argv;
 use crate::console::{ConsoleHub, end_of};
 use crate::exit;
 use crate::files::{
-    AGENT_SOCKET, CONSOLE, CONSOLE_SOCKET, EVENTS, EVENTS_SOCKET, EXIT, InstanceDir, MONITOR_SOCKET, PID, RUN, STDERR,
-    Stored, StoredExit, StoredRun, VNC_SOCKET, now_ms,
+    AGENT_SOCKET, CONSOLE, CONSOLE_SOCKET, EVENTS, EVENTS_SOCKET, EXIT, InstanceDir, MONITOR_SOCKET, PID,
+    RUN, STDERR, Stored, StoredExit, StoredRun, VNC_SOCKET, now_ms,
 };
 use crate::notify::Notify;
 use crate::platform::Platform;
@@ -147,10 +147,17 @@ impl Machine {
 
     /// Takes over a QEMU that somebody else started. `false` if it ended meanwhile.
     async fn adopt(self: &Arc<Self>, operation: &'static str) -> Done<bool> {
-        let Some(process) = Process::find(&self.dir).await.map_err(self.failed(operation))? else { return Ok(false) };
+        let Some(process) = Process::find(&self.dir).await.map_err(self.failed(operation))? else {
+            return Ok(false);
+        };
         let run = self.dir.read::<StoredRun>(RUN).map_err(self.failed(operation))?.unwrap_or_default();
         // Written by a stop that was cut short: it is not how this run ends.
-        if self.dir.read::<StoredExit>(EXIT).map_err(self.failed(operation))?.is_some_and(|exit| exit.run == run.number) {
+        if self
+            .dir
+            .read::<StoredExit>(EXIT)
+            .map_err(self.failed(operation))?
+            .is_some_and(|exit| exit.run == run.number)
+        {
             self.dir.remove(EXIT).map_err(self.failed(operation))?;
         }
         tracing::info!(instance = %self.id, pid = process.pid, "took over a running virtual machine");
@@ -163,7 +170,13 @@ impl Machine {
     }
 
     /// From here on the machine runs, and its end is waited for.
-    fn up(self: &Arc<Self>, process: Process, child: Option<Child>, qmp: Option<Qmp>, run: StoredRun) -> Arc<Live> {
+    fn up(
+        self: &Arc<Self>,
+        process: Process,
+        child: Option<Child>,
+        qmp: Option<Qmp>,
+        run: StoredRun,
+    ) -> Arc<Live> {
         let (end, ended) = watch::channel(false);
         let cancelled = self.shared.cancelled.clone();
         let live = Arc::new(Live {
@@ -300,9 +313,13 @@ impl Machine {
                     qmp.command("query-status", None, START_TIMEOUT).await?;
                     Ok(qmp)
                 };
-                return tokio::select! {
-                    qmp = connected => Ok((process, qmp?)),
-                    _ = child.wait() => Err(Problem::DiedStarting(exit::complaint(&self.dir))),
+                return match connected.await {
+                    Ok(qmp) => Ok((process, qmp)),
+                    // If it is dying, what it says itself tells more.
+                    Err(problem) => match tokio::time::timeout(QUIT_TIMEOUT, child.wait()).await {
+                        Ok(_) => Err(Problem::DiedStarting(exit::complaint(&self.dir))),
+                        Err(_) => Err(problem),
+                    },
                 };
             }
             tokio::select! {

@@ -8,7 +8,10 @@ use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use tokio::io::unix::AsyncFd;
 
 /// A descriptor whose readiness can be awaited.
-#[expect(deprecated, reason = "its successor is unsafe because a type may give away its descriptor; OwnedFd does not")]
+#[expect(
+    deprecated,
+    reason = "its successor is unsafe because a type may give away its descriptor; OwnedFd does not"
+)]
 pub(crate) fn awaitable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     AsyncFd::new(fd)
 }

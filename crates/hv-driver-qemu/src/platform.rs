@@ -51,6 +51,19 @@ impl Platform {
         modified(&self.binary) == self.modified && self.modified.is_some()
     }
 
+    #[cfg(test)]
+    pub(crate) fn for_tests(accelerator: Accelerator) -> Self {
+        let binary = PathBuf::from("qemu");
+        Self {
+            binary,
+            modified: None,
+            version: String::new(),
+            sandbox: true,
+            accelerator,
+            message: String::new(),
+        }
+    }
+
     /// Looks at this node's QEMU. The error is for an operator.
     pub(crate) async fn inspect(options: &QemuOptions) -> Result<Self, String> {
         let binary = match &options.qemu_binary {
@@ -59,7 +72,10 @@ impl Platform {
                 .or_else(|| ELSEWHERE.iter().map(PathBuf::from).find(|path| path.is_file())),
         };
         let binary = binary.ok_or_else(|| match &options.qemu_binary {
-            Some(path) => format!("there is no {}; correct qemu_binary, or apt-get install qemu-system-x86", path.display()),
+            Some(path) => format!(
+                "there is no {}; correct qemu_binary, or apt-get install qemu-system-x86",
+                path.display()
+            ),
             None => "qemu is not installed; apt-get install qemu-system-x86 qemu-utils".to_owned(),
         })?;
         let (version, sandbox) = match version(&binary, true).await {
@@ -77,7 +93,10 @@ impl Platform {
 
 fn describe(binary: &Path, problem: &Problem) -> String {
     let cause = std::error::Error::source(problem).map(|cause| format!(": {cause}")).unwrap_or_default();
-    format!("{} does not work: {problem}{cause}; apt-get install --reinstall qemu-system-x86", binary.display())
+    format!(
+        "{} does not work: {problem}{cause}; apt-get install --reinstall qemu-system-x86",
+        binary.display()
+    )
 }
 
 fn modified(path: &Path) -> Option<SystemTime> {
@@ -142,7 +161,8 @@ async fn version(binary: &Path, sandbox: bool) -> Outcome<String> {
         return Err(Problem::Tool { tool: "qemu".to_owned(), status: output.status.to_string(), stderr });
     }
     let text = String::from_utf8_lossy(&output.stdout);
-    let greeting: serde_json::Value = text.lines().next().and_then(|line| serde_json::from_str(line).ok()).unwrap_or_default();
+    let greeting: serde_json::Value =
+        text.lines().next().and_then(|line| serde_json::from_str(line).ok()).unwrap_or_default();
     let number = &greeting["QMP"]["version"]["qemu"];
     let part = |name: &str| number[name].as_u64().unwrap_or(0);
     Ok(format!("{}.{}.{}", part("major"), part("minor"), part("micro")))
@@ -178,7 +198,8 @@ ffc975fcb045e6e9f4ebfd8d7400000000000000000000000000009a20000f0078ff0f00";
 fn probe_firmware() -> Vec<u8> {
     const SIZE: usize = 64 << 10;
     let digit = |byte: u8| (byte as char).to_digit(16).unwrap_or(0) as u8;
-    let code: Vec<u8> = PROBE_GUEST.as_bytes().chunks(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1])).collect();
+    let code: Vec<u8> =
+        PROBE_GUEST.as_bytes().chunks(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1])).collect();
     let mut firmware = vec![0; SIZE];
     firmware[SIZE - 256..][..code.len()].copy_from_slice(&code);
     firmware[SIZE - 16..][..5].copy_from_slice(&[0xea, 0x00, 0xff, 0x00, 0xf0]);
@@ -190,9 +211,14 @@ async fn probe_kvm(binary: &Path) -> Result<(), String> {
     match fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         Ok(_) => {}
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return Err("there is no /dev/kvm; enable virtualisation in the firmware and load kvm_intel or kvm_amd".into());
+            return Err(
+                "there is no /dev/kvm; enable virtualisation in the firmware and load kvm_intel or kvm_amd"
+                    .into(),
+            );
         }
-        Err(e) => return Err(format!("/dev/kvm cannot be opened ({e}); add the agent's user to the group kvm")),
+        Err(e) => {
+            return Err(format!("/dev/kvm cannot be opened ({e}); add the agent's user to the group kvm"));
+        }
     }
     let firmware = tempfile::NamedTempFile::new().map_err(|e| format!("the probe cannot be written: {e}"))?;
     fs::write(firmware.path(), probe_firmware()).map_err(|e| format!("the probe cannot be written: {e}"))?;
@@ -201,7 +227,9 @@ async fn probe_kvm(binary: &Path) -> Result<(), String> {
 
 async fn run_probe(binary: &Path, accel: &str, firmware: &Path) -> Result<(), String> {
     let mut command = quiet(binary);
-    command.args(["-machine", "pc", "-accel", accel, "-m", "2M", "-debugcon", "stdio", "-bios"]).arg(firmware);
+    command
+        .args(["-machine", "pc", "-accel", accel, "-m", "2M", "-debugcon", "stdio", "-bios"])
+        .arg(firmware);
     let mut child = spawn(command).map_err(|e| e.to_string())?;
     let mut said = child.stdout.take().ok_or("the probe has no output")?;
     let first = tokio::time::timeout(PROBE_START_TIMEOUT, said.read_u8()).await;

@@ -40,7 +40,10 @@ pub(crate) enum Problem {
 }
 
 impl Problem {
-    pub(crate) fn file<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> Self + use<'a> {
+    pub(crate) fn file<'a>(
+        action: &'static str,
+        path: &'a Path,
+    ) -> impl FnOnce(std::io::Error) -> Self + use<'a> {
         move |source| Self::File { action, path: path.to_owned(), source }
     }
 }

@@ -89,8 +89,10 @@ impl Process {
     pub(crate) fn usage(&self) -> io::Result<(u64, u64)> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid))?;
         // The second field is the name in parentheses and may contain anything.
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_ascii_whitespace().collect();
-        let number = |field: usize| fields.get(field - 3).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+        let fields: Vec<&str> =
+            stat.rsplit(')').next().unwrap_or_default().split_ascii_whitespace().collect();
+        let number =
+            |field: usize| fields.get(field - 3).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
         let ns_per_tick = 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1);
         let page = rustix::param::page_size() as u64;
         Ok(((number(14) + number(15)) * ns_per_tick, number(24) * page))

@@ -49,9 +49,11 @@ impl Qmp {
 
     pub(crate) async fn over(stream: UnixStream, cancelled: CancellationToken) -> Outcome<Self> {
         let mut lines = Framed::new(stream, LinesCodec::new_with_max_length(MAX_LINE_BYTES));
-        tokio::time::timeout(GREETING_TIMEOUT, negotiate(&mut lines)).await.map_err(|_| Problem::Timeout {
-            what: "the greeting of qemu's monitor".to_owned(),
-            timeout_ms: u64::try_from(GREETING_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
+        tokio::time::timeout(GREETING_TIMEOUT, negotiate(&mut lines)).await.map_err(|_| {
+            Problem::Timeout {
+                what: "the greeting of qemu's monitor".to_owned(),
+                timeout_ms: u64::try_from(GREETING_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
+            }
         })??;
         let (commands, queue) = mpsc::channel(COMMAND_QUEUE);
         tokio::spawn(async move {
@@ -63,7 +65,12 @@ impl Qmp {
         Ok(Self { commands })
     }
 
-    pub(crate) async fn command(&self, name: &str, arguments: Option<Value>, timeout: Duration) -> Outcome<Value> {
+    pub(crate) async fn command(
+        &self,
+        name: &str,
+        arguments: Option<Value>,
+        timeout: Duration,
+    ) -> Outcome<Value> {
         let (reply, answer) = oneshot::channel();
         let mut line = json!({ "execute": name });
         if let Some(arguments) = arguments {
@@ -172,7 +179,12 @@ impl Monitor {
     }
 
     /// The bound holds for connecting and for the command together.
-    pub(crate) async fn command_within(&self, name: &str, arguments: Option<Value>, timeout: Duration) -> Outcome<Value> {
+    pub(crate) async fn command_within(
+        &self,
+        name: &str,
+        arguments: Option<Value>,
+        timeout: Duration,
+    ) -> Outcome<Value> {
         let work = async { self.connected().await?.command(name, arguments, timeout).await };
         tokio::time::timeout(timeout, work).await.map_err(|_| Problem::Timeout {
             what: name.to_owned(),

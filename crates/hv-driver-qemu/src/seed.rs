@@ -15,7 +15,10 @@ pub(crate) fn volume(config: &InstanceConfig) -> io::Result<Vec<u8>> {
     let size = (OVERHEAD_BYTES + config.spec.user_data.len()).next_multiple_of(64 << 10);
     let mut bytes = vec![0; size];
     // A stable number, so that the same instance has the same volume.
-    let options = FormatVolumeOptions::new().fat_type(FatType::Fat12).volume_id(0x4876_5365).volume_label(*b"CIDATA     ");
+    let options = FormatVolumeOptions::new()
+        .fat_type(FatType::Fat12)
+        .volume_id(0x4876_5365)
+        .volume_label(*b"CIDATA     ");
     format_volume(&mut Cursor::new(&mut bytes), options)?;
     let volume = FileSystem::new(Cursor::new(&mut bytes), FsOptions::new())?;
     let root = volume.root_dir();
@@ -45,7 +48,8 @@ mod tests {
         for user_data in [String::new(), "#cloud-config\nhostname: ü\n".to_owned(), "x".repeat(256 << 10)] {
             let spec = InstanceSpec { user_data: user_data.clone(), ..InstanceSpec::default() };
             let id: InstanceId = "seeded".parse().unwrap();
-            let config = InstanceConfig { id, name: "a\"b, c".to_owned(), spec, metadata: Metadata::default() };
+            let config =
+                InstanceConfig { id, name: "a\"b, c".to_owned(), spec, metadata: Metadata::default() };
             let mut bytes = volume(&config).unwrap();
             let volume = FileSystem::new(Cursor::new(&mut bytes), FsOptions::new()).unwrap();
             assert_eq!(volume.volume_label(), "CIDATA");

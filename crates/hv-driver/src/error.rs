@@ -95,7 +95,10 @@ impl DriverError {
     pub fn retryable(&self) -> bool {
         match self {
             Self::Unavailable { .. } | Self::Failed { .. } | Self::Timeout { .. } => true,
-            Self::InvalidConfig { .. } | Self::NotFound(_) | Self::WrongState { .. } | Self::Unsupported { .. } => false,
+            Self::InvalidConfig { .. }
+            | Self::NotFound(_)
+            | Self::WrongState { .. }
+            | Self::Unsupported { .. } => false,
         }
     }
 }

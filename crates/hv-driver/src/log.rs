@@ -3,6 +3,9 @@
 /// The last `lines` lines of `text`. A last line without a line feed counts.
 #[must_use]
 pub fn last_lines(text: &[u8], lines: u64) -> &[u8] {
+    if lines == 0 {
+        return &[];
+    }
     let mut left = lines;
     let body = text.strip_suffix(b"\n").unwrap_or(text);
     for (index, byte) in body.iter().enumerate().rev() {
@@ -13,7 +16,7 @@ pub fn last_lines(text: &[u8], lines: u64) -> &[u8] {
             }
         }
     }
-    if lines == 0 { &text[text.len()..] } else { text }
+    text
 }
 
 #[cfg(test)]

@@ -28,6 +28,8 @@ mod generated {
 
 pub use generated::store::v1 as store;
 pub use generated::v1;
+/// `google.protobuf.Empty`.
+pub use pbjson_types::Empty;
 
 /// The descriptors of every contract, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -26,7 +26,7 @@
 //!   lease starts with its full time.
 //! - *Disk full*: writes are refused with [`StoreError::Full`] while [`EmbeddedOptions::min_free_bytes`] are still free,
 //!   so that deletes, expiry and compaction go on. Should a write hit the end all the same, its batch is refused as a
-//!   whole and the file is opened again. Reads go on, and writes as soon as there is room.
+//!   whole and the file is opened again, for which a reserve is held. Reads go on, and writes as soon as there is room.
 //! - *Input/output error*: the batch is refused; reads go on where the disk lets them; writes are refused until the
 //!   process is restarted, since what the disk holds is not known after a failed flush. Health says so.
 //! - *Damaged file*: opening fails with [`StoreError::Io`]; nothing is repaired by guessing.
@@ -38,7 +38,6 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use redb::ReadTransaction;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::bounds::{Interval, check_range, check_txn, check_watch};
@@ -53,11 +52,13 @@ mod follow;
 mod lease;
 mod read;
 mod recent;
+mod room;
 mod tables;
 mod writer;
 
 use disk::Disk;
 use lease::Leases;
+use read::Place;
 use recent::Recent;
 use writer::{Command, SLOW_BATCH, Shared, Tuning, Writer};
 
@@ -99,7 +100,6 @@ impl Default for EmbeddedOptions {
 pub struct EmbeddedStore {
     shared: Arc<Shared>,
     place: String,
-    min_free_bytes: u64,
     commands: Mutex<Option<mpsc::Sender<Command>>>,
     committed: watch::Receiver<u64>,
     writer: Mutex<Option<std::thread::JoinHandle<()>>>,
@@ -113,7 +113,7 @@ impl EmbeddedStore {
     /// [`StoreError::Full`] if there is no room for a new file.
     pub fn open(dir: &Path, options: EmbeddedOptions) -> Result<Arc<Self>> {
         let dir: PathBuf = std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
-        let (disk, meta) = Disk::open(&dir, options.cache_bytes, options.verify_on_open)?;
+        let (disk, meta) = Disk::open(&dir, &options)?;
         let place = disk.place();
         let shared = Arc::new(Shared {
             disk,
@@ -122,10 +122,7 @@ impl EmbeddedStore {
             trouble: Mutex::new(None),
             batch_since: Mutex::new(None),
         });
-        let tuning = Tuning {
-            auto_compact_revisions: options.auto_compact_revisions.max(1),
-            min_free_bytes: options.min_free_bytes,
-        };
+        let tuning = Tuning { auto_compact_revisions: options.auto_compact_revisions.max(1) };
         let (commands, queue) = mpsc::channel(MAX_QUEUED);
         let (publish, committed) = watch::channel(meta.revision);
         let writer = Writer::new(Arc::clone(&shared), tuning, meta, publish);
@@ -140,7 +137,6 @@ impl EmbeddedStore {
         Ok(Arc::new(Self {
             shared,
             place,
-            min_free_bytes: options.min_free_bytes,
             commands: Mutex::new(Some(commands)),
             committed,
             writer: Mutex::new(Some(thread)),
@@ -187,21 +183,13 @@ impl Drop for EmbeddedStore {
     }
 }
 
-fn range_in(shared: &Shared, txn: &ReadTransaction, request: &RangeRequest) -> Result<RangeResult> {
-    read::range(txn, request).map_err(|error| shared.disk.error("reading keys", error))?
-}
-
 #[async_trait]
 impl Store for EmbeddedStore {
     async fn range(&self, request: RangeRequest) -> Result<RangeResult> {
         check_range(&request)?;
-        let txn = self.shared.disk.read()?;
-        if matches!(request.keys, KeyRange::Key(_)) || request.limit <= INLINE_RANGE_LIMIT {
-            return range_in(&self.shared, &txn, &request);
-        }
-        let shared = Arc::clone(&self.shared);
-        let read = tokio::task::spawn_blocking(move || range_in(&shared, &txn, &request));
-        read.await.map_err(|_| StoreError::Closed)?
+        let short = matches!(request.keys, KeyRange::Key(_)) || request.limit <= INLINE_RANGE_LIMIT;
+        let place = if short { Place::Inline } else { Place::Thread };
+        read::read(&self.shared, place, "reading keys", move |txn| read::range(txn, &request)).await
     }
 
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome> {
@@ -222,12 +210,7 @@ impl Store for EmbeddedStore {
             Some(from) => from.0,
         };
         if first <= committed {
-            let txn = self.shared.disk.read()?;
-            let meta = tables::read_meta(&txn).map_err(|error| self.shared.disk.error("reading", error))?;
-            if first < meta.oldest {
-                let (requested, oldest) = (Revision(first), Revision(meta.oldest));
-                return Err(StoreError::Compacted { requested, oldest });
-            }
+            read::read(&self.shared, Place::Inline, "reading", move |txn| read::is_kept(txn, first)).await?;
         }
         let interval = Interval::of(&keys);
         Ok(follow::follow(Arc::clone(&self.shared), interval, first, self.committed.clone()))
@@ -268,14 +251,8 @@ impl Store for EmbeddedStore {
         {
             warnings.push(format!("the disk has not finished a write for {} s", busy.as_secs()));
         }
-        if let Some(free_bytes) = self.shared.disk.free_bytes()
-            && free_bytes < self.min_free_bytes
-        {
-            warnings.push(format!(
-                "writes are refused: only {} KiB are free in {}",
-                free_bytes / 1024,
-                self.place
-            ));
+        if self.shared.disk.room.is_short() {
+            warnings.push(format!("writes are refused: {}", self.shared.disk.room.describe()));
         }
         Ok(Health {
             backend: "embedded",

@@ -23,6 +23,7 @@
 //! - *A member hangs or is cut off from the others*: a call takes at most the request's time, the next ones go elsewhere;
 //!   watches move on within [`PING_INTERVAL`] and [`PING_TIMEOUT`].
 //! - *etcd is full*: [`StoreError::Full`]. Health tells of the alarm.
+//! - *etcd 3.5.0 to 3.5.2 crashes*: it may have lost acknowledged writes (etcd's issue 13766). Health warns of these versions.
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -1,1 +1,17 @@
-//! Whole clusters for tests: real servers and agents, real etcd and QEMU.
+//! Whole clusters for tests: the real programs as processes of their own, with real etcd and QEMU.
+//!
+//! [`Cluster`] starts `hypervisor-server` and `hypervisor-agent` on free ports in a private directory, restarts what is
+//! killed on demand, and ends everything it started when it is dropped. Nothing but tests and benches uses it.
+
+mod cluster;
+mod instances;
+mod probe;
+mod process;
+mod programs;
+
+pub use cluster::{AgentOptions, Cluster, ClusterOptions, StoreKind};
+pub use instances::{Ask, create_request, until_gone, until_settled};
+pub use hv_store::conformance::skip;
+pub use probe::{DEADLINE, qemu_processes, until};
+pub use process::Process;
+pub use programs::{Program, image_dir};

@@ -41,7 +41,8 @@ impl Assignments {
 
     async fn follow(&mut self) {
         loop {
-            let Ok(cluster) = self.registered.wait_for(Option::is_some).await.map(|cluster| cluster.clone()) else {
+            let Ok(cluster) = self.registered.wait_for(Option::is_some).await.map(|cluster| cluster.clone())
+            else {
                 return;
             };
             let cluster = cluster.unwrap_or_default();
@@ -75,10 +76,18 @@ impl Assignments {
                 is_complete = true;
                 self.backoff.reset();
                 tracing::info!("the whole set of assignments is known");
-                // What the control plane did not name is shown to it; it decides.
-                self.instances.find().await;
                 self.instances.report_all().await;
                 self.synced.send_replace(Some(cluster.to_owned()));
+                // What the control plane did not name is shown to it; it decides. Apart, because a driver may hang.
+                let instances = Arc::clone(&self.instances);
+                let stopping = instances.shutdown().token();
+                self.instances.shutdown().spawn("search for instances without a record", async move {
+                    let search = async {
+                        instances.find().await;
+                        instances.report_found().await;
+                    };
+                    stopping.run_until_cancelled(search).await;
+                });
             }
         }
         Ok(())

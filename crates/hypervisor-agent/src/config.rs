@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use hv_client::{ClientOptions, ClientTls};
+use hv_client::{ClientOptions, ClientTls, Peer};
 use hv_config::{ByteSize, HumanDuration, ListenAddress};
 use hv_driver_qemu::Accel;
 use hv_telemetry::{LogFormat, LogLevel};
@@ -316,7 +316,8 @@ impl Config {
             && written
             && port != agent.grpc_address.port()
         {
-            let problem = format!("found {port}, but agent.grpc_address says {}; set one of them", agent.grpc_address);
+            let problem =
+                format!("found {port}, but agent.grpc_address says {}; set one of them", agent.grpc_address);
             return refuse("agent.port", problem);
         }
         if let Err(error) = self.client_options().url() {
@@ -326,7 +327,10 @@ impl Config {
             return refuse("agent.labels", invalid.to_string());
         }
         if agent.state_dir.as_os_str().is_empty() {
-            return refuse("agent.state_dir", format!("found nothing, expected a directory, as {DEFAULT_STATE_DIR}"));
+            return refuse(
+                "agent.state_dir",
+                format!("found nothing, expected a directory, as {DEFAULT_STATE_DIR}"),
+            );
         }
         for (key, value) in [
             ("heartbeat.interval", self.heartbeat.interval),
@@ -344,7 +348,10 @@ impl Config {
                 ("tls.ca_file", &self.tls.ca_file),
             ] {
                 if file.is_none() {
-                    return refuse(key, "found nothing, expected a PEM file because tls.enabled is true".into());
+                    return refuse(
+                        key,
+                        "found nothing, expected a PEM file because tls.enabled is true".into(),
+                    );
                 }
             }
         }
@@ -360,18 +367,21 @@ impl Config {
             key: self.tls.key_file.clone(),
             domain: None,
         });
-        ClientOptions { tls, ..ClientOptions::new(self.agent.server_addr.clone()) }
+        ClientOptions { tls, peer: Peer::ServerOfNode, ..ClientOptions::new(self.agent.server_addr.clone()) }
     }
 
     /// Where gRPC listens.
     #[must_use]
     pub fn grpc_address(&self) -> ListenAddress {
-        self.agent.port.map_or_else(|| self.agent.grpc_address.clone(), |port| {
-            if self.agent.grpc_address == Agent::default().grpc_address {
-                ListenAddress::all(port)
-            } else {
-                self.agent.grpc_address.clone()
-            }
-        })
+        self.agent.port.map_or_else(
+            || self.agent.grpc_address.clone(),
+            |port| {
+                if self.agent.grpc_address == Agent::default().grpc_address {
+                    ListenAddress::all(port)
+                } else {
+                    self.agent.grpc_address.clone()
+                }
+            },
+        )
     }
 }

@@ -247,7 +247,12 @@ mod tests {
     pub(super) fn order(epoch: u64, generation: u64, wanted: Wanted) -> Order {
         let id: InstanceId = "i-1".parse().unwrap();
         Order {
-            config: InstanceConfig { id, name: "a".into(), spec: Default::default(), metadata: Default::default() },
+            config: InstanceConfig {
+                id,
+                name: "a".into(),
+                spec: Default::default(),
+                metadata: Default::default(),
+            },
             instance_type: InstanceType::Vm,
             epoch: Epoch(epoch),
             generation,

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::context::Context;
-use crate::entry::{Entry, Order};
+use crate::entry::{Entry, Order, Origin};
 use crate::view::{Shown, View};
 use crate::worker::{Command, Worker};
 
@@ -33,12 +33,19 @@ pub(crate) struct Instances {
     context: Arc<Context>,
     shutdown: Shutdown,
     known: Mutex<HashMap<InstanceId, Known>>,
+    /// Held while drivers are asked what they have.
+    search: tokio::sync::Mutex<()>,
 }
 
 impl Instances {
+    /// For tasks that must end before the agent does.
+    pub(crate) fn shutdown(&self) -> &Shutdown {
+        &self.shutdown
+    }
+
     /// None yet.
     pub(crate) fn new(context: Arc<Context>, shutdown: Shutdown) -> Arc<Self> {
-        Arc::new(Self { context, shutdown, known: Mutex::default() })
+        Arc::new(Self { context, shutdown, known: Mutex::default(), search: tokio::sync::Mutex::default() })
     }
 
     /// What every task shares.
@@ -46,19 +53,19 @@ impl Instances {
         &self.context
     }
 
-    /// Starts the worker of an entry, unless there is one.
+    /// Starts the worker of an entry that is in the journal or need not be, unless there is one.
     pub(crate) fn adopt(self: &Arc<Self>, entry: Entry) {
-        self.known.lock().entry(entry.id().clone()).or_insert_with(|| self.spawn(entry));
+        self.known.lock().entry(entry.id().clone()).or_insert_with(|| self.spawn(entry, false));
     }
 
-    fn spawn(self: &Arc<Self>, entry: Entry) -> Known {
+    fn spawn(self: &Arc<Self>, entry: Entry, unsaved: bool) -> Known {
         let (commands, queue) = mpsc::channel(COMMAND_QUEUE);
         let state = if entry.created { InstanceState::Unknown } else { InstanceState::Creating };
         let shown = Shown { state, reason: "", seen: None, is_over: false };
         let view = View::of(&entry, &shown, &self.context.node_id);
         let (sender, receiver) = watch::channel(Arc::new(View { is_settled: false, ..view }));
         let name = format!("instance {}", entry.id());
-        let worker = Worker::new(Arc::clone(self), entry, queue, sender, self.shutdown.token());
+        let worker = Worker::new(Arc::clone(self), entry, queue, sender, self.shutdown.token(), unsaved);
         self.shutdown.spawn(name, Box::pin(worker.run()));
         Known { commands, view: receiver }
     }
@@ -86,7 +93,7 @@ impl Instances {
                 let mut known = self.known.lock();
                 let Some(worker) = known.get(id) else {
                     let Some(entry) = missing(&command) else { return false };
-                    let worker = self.spawn(entry);
+                    let worker = self.spawn(entry, true);
                     known.insert(id.clone(), worker);
                     return true;
                 };
@@ -138,10 +145,20 @@ impl Instances {
         }
     }
 
-    /// Every instance is reported again: the control plane may have missed something, and it is to decide about those
-    /// that drivers have and that are not in its full set.
+    /// Every instance with a record is reported again: the control plane may have missed something, and it is to
+    /// decide about those that are not in its full set.
     pub(crate) async fn report_all(self: &Arc<Self>) {
-        let ids: Vec<InstanceId> = self.known.lock().keys().cloned().collect();
+        self.report(|view| view.origin != Origin::Found).await;
+    }
+
+    /// What was found without a record is reported too, now that the control plane has named what it knows.
+    pub(crate) async fn report_found(self: &Arc<Self>) {
+        self.report(|view| view.origin == Origin::Found).await;
+    }
+
+    async fn report(self: &Arc<Self>, which: impl Fn(&View) -> bool) {
+        let chosen = |(id, known): (&InstanceId, &Known)| which(&known.view.borrow()).then(|| id.clone());
+        let ids: Vec<InstanceId> = self.known.lock().iter().filter_map(chosen).collect();
         for id in ids {
             self.deliver(&id, Command::Report, |_| None).await;
         }
@@ -149,6 +166,7 @@ impl Instances {
 
     /// Takes up what drivers have and the journal does not know. What a damaged journal may know is left alone.
     pub(crate) async fn find(self: &Arc<Self>) {
+        let Ok(_alone) = self.search.try_lock() else { return };
         let searches = self.context.drivers.all().iter().map(|driver| self.find_in(Arc::clone(driver)));
         futures::future::join_all(searches).await;
     }
@@ -193,7 +211,9 @@ impl Instances {
     pub(crate) fn follow(&self, id: &InstanceId) -> Result<watch::Receiver<Arc<View>>, ServiceError> {
         let known = self.known.lock();
         known.get(id).map(|known| known.view.clone()).ok_or_else(|| {
-            ServiceError::not_found(format!("instance {id} is not on this node; see `hypervisor-ctl instance list`"))
+            ServiceError::not_found(format!(
+                "instance {id} is not on this node; see `hypervisor-ctl instance list`"
+            ))
         })
     }
 
@@ -219,7 +239,7 @@ impl Instances {
             return Err(ServiceError::new(ErrorCode::ResourceExhausted, text));
         }
         let id = config.id.clone();
-        let worker = self.spawn(Entry::local(config, instance_type));
+        let worker = self.spawn(Entry::local(config, instance_type), true);
         let view = worker.view.clone();
         known.insert(id, worker);
         Ok(view)
@@ -240,7 +260,9 @@ impl Instances {
             self.follow(id)?;
         }
         answered.await.unwrap_or_else(|_| {
-            Err(ServiceError::unavailable(format!("instance {id} went away, or the agent is stopping; try again")))
+            Err(ServiceError::unavailable(format!(
+                "instance {id} went away, or the agent is stopping; try again"
+            )))
         })
     }
 }

@@ -122,7 +122,9 @@ impl Journal {
     pub(crate) fn node(&self) -> Result<NodeFile, JournalError> {
         let path = self.dir.join("node.json");
         match read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|source| JournalError::Damaged { path, source }),
+            Ok(bytes) => {
+                serde_json::from_slice(&bytes).map_err(|source| JournalError::Damaged { path, source })
+            }
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(NodeFile::default()),
             Err(source) => Err(JournalError::Io { action: "read", path, source }),
         }
@@ -150,7 +152,9 @@ impl Journal {
                 fs::remove_file(&path).map_err(io_error("remove", &path))?;
                 continue;
             }
-            let Some(id) = name.strip_suffix(".json").and_then(|id| id.parse::<InstanceId>().ok()) else { continue };
+            let Some(id) = name.strip_suffix(".json").and_then(|id| id.parse::<InstanceId>().ok()) else {
+                continue;
+            };
             let bytes = read(&path).map_err(io_error("read", &path))?;
             match parse(&path, &bytes)? {
                 Ok(entry) if *entry.id() == id => contents.entries.push(entry),
@@ -265,7 +269,8 @@ mod tests {
             journal.save_node(&node).unwrap();
         }
         let journal = Journal::open(dir.path()).unwrap();
-        let read: Vec<_> = journal.read_all().unwrap().entries.iter().map(|e| (e.id().to_string(), e.generation)).collect();
+        let read: Vec<_> =
+            journal.read_all().unwrap().entries.iter().map(|e| (e.id().to_string(), e.generation)).collect();
         assert_eq!(read, [("a".to_owned(), 7), ("b".to_owned(), 0)]);
         assert_eq!(journal.node().unwrap(), node);
     }

@@ -115,7 +115,9 @@ fn pursue(entry: &Entry, seen: &Observed) -> Next {
         (Wanted::Stopped, Observed::Absent) if entry.created => finished,
         (_, Observed::Absent | Observed::Stopped(_)) if !entry.created => Next::Do(Step::Create),
 
-        (Wanted::Running, Observed::Running(_) | Observed::Paused(_)) if entry.restart_pending => Next::Do(Step::Stop),
+        (Wanted::Running, Observed::Running(_) | Observed::Paused(_)) if entry.restart_pending => {
+            Next::Do(Step::Stop)
+        }
         (Wanted::Running, Observed::Stopped(_)) if entry.restart_pending => Next::Note(Note::Restarted),
         (Wanted::Running, Observed::Running(_)) => finished,
         (Wanted::Running, Observed::Paused(_)) => Next::Do(Step::Resume),
@@ -165,9 +167,10 @@ fn rest(entry: &Entry, seen: &Observed, boot_id: &str) -> Next {
                 Wanted::Paused if was_booted => {
                     show(Failed, "its memory was lost when the node was restarted; start it again")
                 }
-                Wanted::Running | Wanted::Paused | Wanted::Stopped | Wanted::Deleted => {
-                    show(Failed, "its process is gone, and nobody knows how it ended; see the node's log, then start it again")
-                }
+                Wanted::Running | Wanted::Paused | Wanted::Stopped | Wanted::Deleted => show(
+                    Failed,
+                    "its process is gone, and nobody knows how it ended; see the node's log, then start it again",
+                ),
             }
         }
     }

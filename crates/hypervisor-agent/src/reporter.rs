@@ -94,7 +94,8 @@ impl Reporter {
     async fn report(&mut self) {
         let context = Arc::clone(self.instances.context());
         loop {
-            let Ok(cluster_id) = self.synced.wait_for(Option::is_some).await.map(|cluster| cluster.clone()) else {
+            let Ok(cluster_id) = self.synced.wait_for(Option::is_some).await.map(|cluster| cluster.clone())
+            else {
                 return;
             };
             context.reports.some().await;

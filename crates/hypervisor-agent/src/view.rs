@@ -25,6 +25,8 @@ pub(crate) struct Shown<'a> {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct View {
     pub(crate) record: InstanceRecord,
+    /// How it came to this node.
+    pub(crate) origin: Origin,
     /// The driver that has it.
     pub(crate) driver: Option<String>,
     /// Which wish the state belongs to.
@@ -68,6 +70,7 @@ impl View {
         };
         Self {
             record,
+            origin: entry.origin,
             driver: entry.driver.clone(),
             serial: entry.serial,
             is_settled: !entry.pending && !entry.discard,

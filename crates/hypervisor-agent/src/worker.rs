@@ -132,16 +132,16 @@ pub(crate) fn remember(entry: &mut Entry, note: Note, seen: &Observed, boot_id: 
 }
 
 impl Worker {
-    /// The worker of an entry that is saved already, or is not worth saving.
+    /// The worker of an entry; `unsaved`: which the journal does not have yet.
     pub(crate) fn new(
         instances: Arc<Instances>,
         entry: Entry,
         commands: mpsc::Receiver<Command>,
         view: watch::Sender<Arc<View>>,
         stopping: CancellationToken,
+        unsaved: bool,
     ) -> Self {
         let context = Arc::clone(instances.context());
-        let unsaved = entry.origin != Origin::Found;
         Self {
             context,
             instances,
@@ -166,6 +166,11 @@ impl Worker {
 
     /// Works until the instance is forgotten or the agent stops.
     pub(crate) async fn run(mut self) {
+        if self.unsaved && self.entry.origin == Origin::Assigned {
+            reach(Point::AgentAssignmentBeforeJournal);
+            self.save().await;
+            reach(Point::AgentAssignmentAfterJournal);
+        }
         while !self.stopping.is_cancelled() {
             if self.entry.is_over() && self.end().await {
                 return;
@@ -257,7 +262,9 @@ impl Worker {
             return true;
         }
         let reason = match &entry.driver {
-            Some(name) => format!("this node has no driver {name} any more; set drivers.{name}.enabled on it"),
+            Some(name) => {
+                format!("this node has no driver {name} any more; set drivers.{name}.enabled on it")
+            }
             None => format!("this node has no driver for the type {}", entry.instance_type),
         };
         if entry.pending && entry.wanted != Wanted::Deleted {
@@ -265,7 +272,8 @@ impl Worker {
             self.unsaved = true;
             return false;
         }
-        let state = if entry.wanted == Wanted::Deleted { InstanceState::Deleting } else { InstanceState::Failed };
+        let state =
+            if entry.wanted == Wanted::Deleted { InstanceState::Deleting } else { InstanceState::Failed };
         self.publish(state, &reason);
         false
     }
@@ -328,7 +336,8 @@ impl Worker {
         let is_overtaking =
             move |entry: &Entry| step == Step::Stop && (entry.stop.force || entry.wanted == Wanted::Deleted);
         let was_forced = is_overtaking(&self.entry);
-        let called = self.call(call, deadline, step.name(), |entry| !was_forced && is_overtaking(entry)).await;
+        let called =
+            self.call(call, deadline, step.name(), |entry| !was_forced && is_overtaking(entry)).await;
         if let Some(point) = after(step) {
             reach(point);
         }
@@ -339,7 +348,11 @@ impl Worker {
                 done(&mut self.entry, step, serial, handle, &self.context.boot_id);
                 self.unsaved = true;
                 if self.last_done.replace((step, serial)) == Some((step, serial)) {
-                    let error = DriverError::failed(self.entry.id(), step.name(), "the driver did it, and nothing changed");
+                    let error = DriverError::failed(
+                        self.entry.id(),
+                        step.name(),
+                        "the driver did it, and nothing changed",
+                    );
                     self.setback(step, serial, &error);
                     "without_effect"
                 } else {
@@ -367,7 +380,8 @@ impl Worker {
         self.failures = self.failures.saturating_add(1);
         let is_for_ever = step == Step::Delete;
         // A state that does not allow it may have changed in between: look, then plan again.
-        let may_pass = error.retryable() || matches!(error, DriverError::WrongState { .. } | DriverError::NotFound(_));
+        let may_pass =
+            error.retryable() || matches!(error, DriverError::WrongState { .. } | DriverError::NotFound(_));
         tracing::warn!(instance = %self.entry.id(), step = step.name(), attempt = self.failures, error = why, "failed");
         if !is_for_ever && (!may_pass || self.failures >= attempts) {
             let tries = if may_pass { format!(" after {attempts} attempts") } else { String::new() };
@@ -381,7 +395,8 @@ impl Worker {
         let of = if is_for_ever { String::new() } else { format!(" of {attempts}") };
         let number = self.failures;
         let seconds = pause.as_secs_f64().ceil();
-        let text = format!("{} failed (attempt {number}{of}): {why}; next attempt in {seconds} s", step.doing());
+        let text =
+            format!("{} failed (attempt {number}{of}): {why}; next attempt in {seconds} s", step.doing());
         self.not_before = Some(Instant::now() + pause);
         let state = self.view.borrow().record.state;
         self.publish(state, &text);
@@ -618,7 +633,9 @@ fn request(
     let config = entry.config.clone();
     let mode = match entry.stop {
         StopOptions { force: true, .. } => StopMode::Force,
-        StopOptions { timeout_seconds, .. } => StopMode::Graceful(Duration::from_secs(timeout_seconds.into())),
+        StopOptions { timeout_seconds, .. } => {
+            StopMode::Graceful(Duration::from_secs(timeout_seconds.into()))
+        }
     };
     Box::pin(async move {
         match step {

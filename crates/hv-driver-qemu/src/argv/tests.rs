@@ -1,1 +1,91 @@
-//! x
+//! Hostile values stay values.
+
+use hv_driver::InstanceConfig;
+use hv_types::{InstanceSpec, Metadata};
+
+use super::*;
+use crate::files::StoredDisk;
+use crate::images::Format;
+
+fn stored(id: &str, name: &str) -> Stored {
+    let spec = InstanceSpec { cpu_cores: 2, memory_bytes: (64 << 20) + 1, ..InstanceSpec::default() };
+    let config = InstanceConfig {
+        id: id.parse().unwrap(),
+        name: name.to_owned(),
+        spec,
+        metadata: Metadata::default(),
+    };
+    let disk = StoredDisk {
+        file: "boot.qcow2".into(),
+        format: Format::Qcow2,
+        serial: "a,b".into(),
+        read_only: false,
+    };
+    Stored { version: 1, config, kernel: None, initrd: None, cmdline: String::new(), disks: vec![disk; 9] }
+}
+
+fn list(stored: &Stored, accelerator: Accelerator) -> Vec<String> {
+    let platform = Platform::for_tests(accelerator);
+    arguments(stored, "q35", &platform).into_iter().map(|argument| argument.into_string().unwrap()).collect()
+}
+
+fn after<'a>(list: &'a [String], option: &str) -> Vec<&'a str> {
+    list.windows(2).filter(|pair| pair[0] == option).map(|pair| pair[1].as_str()).collect()
+}
+
+#[test]
+fn a_name_cannot_become_an_option() {
+    let list = list(&stored("x", "a,process=evil \"b\" -S"), Accelerator::Tcg);
+    assert_eq!(after(&list, "-name"), ["guest=a,,process=evil \"b\" -S,debug-threads=on"]);
+    assert!(!list.contains(&"-S".to_owned()));
+    assert!(after(&list, "-device").iter().any(|device| device.contains("serial=a,,b,")));
+}
+
+#[test]
+fn the_kernel_command_line_is_one_argument() {
+    let mut stored = stored("x", "n");
+    stored.kernel = Some("/images/a,b/kernel".into());
+    stored.cmdline = "a=\"b,c\" -display gtk".to_owned();
+    let list = list(&stored, Accelerator::Tcg);
+    assert_eq!(after(&list, "-append"), ["a=\"b,c\" -display gtk"]);
+    assert_eq!(after(&list, "-kernel"), ["/images/a,b/kernel"]);
+    assert!(!after(&list, "-device").iter().any(|device| device.contains("bootindex")));
+}
+
+#[test]
+fn memory_is_never_less_than_asked_for() {
+    assert_eq!(after(&list(&stored("x", "n"), Accelerator::Kvm), "-m"), ["size=65537k"]);
+}
+
+#[test]
+fn the_accelerator_decides_the_processor() {
+    let kvm = list(&stored("x", "n"), Accelerator::Kvm);
+    assert_eq!((after(&kvm, "-accel"), after(&kvm, "-cpu")), (vec!["kvm"], vec!["host"]));
+    let tcg = list(&stored("x", "n"), Accelerator::Tcg);
+    assert_eq!((after(&tcg, "-accel"), after(&tcg, "-cpu")), (vec!["tcg,thread=multi"], vec!["max"]));
+}
+
+#[test]
+fn disks_have_addresses_of_their_own() {
+    let list = list(&stored("x", "n"), Accelerator::Tcg);
+    let addresses: std::collections::BTreeSet<_> =
+        after(&list, "-device").into_iter().filter_map(|device| device.split("addr=").nth(1)).collect();
+    assert_eq!(addresses.len(), 9, "{addresses:?}");
+}
+
+#[test]
+fn only_a_uuid_becomes_the_machine_s_uuid() {
+    let uuid = "0190a5a0-7b6e-7c1e-8f00-0123456789ab";
+    assert_eq!(after(&list(&stored(uuid, "n"), Accelerator::Tcg), "-uuid"), [uuid]);
+    for id in ["x", "0190a5a0-7b6e-7c1e-8f00-0123456789ag", "0190a5a07b6e-7c1e-8f00-0123-456789ab"] {
+        assert!(after(&list(&stored(id, "n"), Accelerator::Tcg), "-uuid").is_empty(), "{id}");
+    }
+}
+
+#[test]
+fn a_mac_address_is_local_unicast_and_belongs_to_the_id() {
+    let one = mac_address("one");
+    assert_eq!(one, mac_address("one"));
+    assert_ne!(one, mac_address("two"));
+    assert!(one.starts_with("02:") && one.len() == 17, "{one}");
+}

@@ -1,13 +1,17 @@
-//! The file: opening and locking it, its transactions, what its errors mean, and how much room is left.
+//! The file: opening and locking it, its transactions, and what its errors mean.
 
 use std::fs;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use parking_lot::RwLock;
 use redb::{Database, Durability, ReadTransaction, ReadableDatabase, WriteTransaction};
 
+use super::EmbeddedOptions;
+use super::room::Room;
 use super::tables::{Meta, Tables, TablesError, TablesResult};
 use crate::{Result, StoreError};
 
@@ -20,18 +24,22 @@ pub(super) struct Disk {
     file: PathBuf,
     cache_bytes: usize,
     verify: bool,
+    pub(super) room: Room,
     database: RwLock<Option<Database>>,
+    closed: AtomicBool,
 }
 
 impl Disk {
     /// Opens or creates the file in `dir`.
-    pub(super) fn open(dir: &Path, cache_bytes: usize, verify: bool) -> Result<(Self, Meta)> {
+    pub(super) fn open(dir: &Path, options: &EmbeddedOptions) -> Result<(Self, Meta)> {
         let disk = Self {
             dir: dir.to_owned(),
             file: dir.join(FILE_NAME),
-            cache_bytes,
-            verify,
+            cache_bytes: options.cache_bytes,
+            verify: options.verify_on_open,
+            room: Room::new(dir, options.min_free_bytes),
             database: RwLock::new(None),
+            closed: AtomicBool::new(false),
         };
         disk.create_files().map_err(|source| disk.io_error("creating the directory", source.into()))?;
         let meta = disk.reopen()?;
@@ -62,10 +70,20 @@ impl Disk {
         Ok(())
     }
 
-    /// Closes the file if it is open and opens it again. Reads fail in between.
+    /// Closes the file if it is open and opens it again. Reads wait meanwhile, and fail if this does.
     pub(super) fn reopen(&self) -> Result<Meta> {
         let mut slot = self.database.write();
         drop(slot.take());
+        match self.open_file(&mut slot) {
+            Err(StoreError::Full(_)) => {
+                self.room.release();
+                self.open_file(&mut slot)
+            }
+            result => result,
+        }
+    }
+
+    fn open_file(&self, slot: &mut Option<Database>) -> Result<Meta> {
         let mut builder = Database::builder();
         builder.set_cache_size(self.cache_bytes).set_check_integrity_on_open(self.verify);
         let file = self.dir.display().to_string();
@@ -98,6 +116,7 @@ impl Disk {
 
     /// Closes the file. What was acknowledged is on disk already.
     pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
         if let Some(database) = self.database.write().take()
             && let Err(error) = database.close()
         {
@@ -106,10 +125,21 @@ impl Disk {
     }
 
     /// A snapshot of everything committed so far.
-    pub(super) fn read(&self) -> Result<ReadTransaction> {
+    pub(super) fn read(&self) -> TablesResult<ReadTransaction> {
         let database = self.database.read();
-        let database = database.as_ref().ok_or(StoreError::Closed)?;
-        database.begin_read().map_err(|error| self.error("reading", error.into()))
+        let database = database.as_ref().ok_or(redb::Error::DatabaseClosed)?;
+        Ok(database.begin_read()?)
+    }
+
+    /// Whether a read failed only because the file is being opened again after a failed write.
+    pub(super) fn is_interrupted(&self, error: &TablesError) -> bool {
+        let interrupted =
+            matches!(error, TablesError::Database(redb::Error::DatabaseClosed | redb::Error::PreviousIo));
+        interrupted && !self.is_closed()
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
     }
 
     /// A write transaction whose commit returns after the data is on disk.
@@ -127,7 +157,7 @@ impl Disk {
             return StoreError::Full(format!("{operation} in {}: {error}", self.dir.display()));
         }
         match error {
-            TablesError::Database(redb::Error::DatabaseClosed) => StoreError::Closed,
+            TablesError::Database(redb::Error::DatabaseClosed) if self.is_closed() => StoreError::Closed,
             error => self.io_error(operation, Box::new(error)),
         }
     }
@@ -138,17 +168,6 @@ impl Disk {
         source: Box<dyn std::error::Error + Send + Sync>,
     ) -> StoreError {
         StoreError::Io { operation, path: self.dir.display().to_string(), source }
-    }
-
-    /// Room on the file system, where the platform tells.
-    pub(super) fn free_bytes(&self) -> Option<u64> {
-        #[cfg(unix)]
-        {
-            let stat = rustix::fs::statvfs(&self.dir).ok()?;
-            Some(stat.f_bavail.saturating_mul(stat.f_frsize))
-        }
-        #[cfg(not(unix))]
-        None
     }
 
     /// Room that the file takes.

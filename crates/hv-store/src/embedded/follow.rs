@@ -9,7 +9,7 @@ use std::sync::Arc;
 use futures::{StreamExt, stream};
 use tokio::sync::watch;
 
-use super::read::history;
+use super::read::{Place, history, read};
 use super::recent::Revised;
 use super::writer::Shared;
 use crate::bounds::Interval;
@@ -74,13 +74,10 @@ impl Follower {
         if let Some(chunk) = self.shared.recent.lock().from(next, CHUNK_REVISIONS) {
             return Ok(chunk);
         }
-        let shared = Arc::clone(&self.shared);
-        let read = tokio::task::spawn_blocking(move || {
-            let txn = shared.disk.read()?;
-            history(&txn, next, committed, CHUNK_REVISIONS)
-                .map_err(|error| shared.disk.error("reading history", error))?
-        });
-        read.await.map_err(|_| StoreError::Closed)?
+        read(&self.shared, Place::Thread, "reading history", move |txn| {
+            history(txn, next, committed, CHUNK_REVISIONS)
+        })
+        .await
     }
 
     fn filter(&mut self, chunk: &[Arc<Revised>], committed: u64) {

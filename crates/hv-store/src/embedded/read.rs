@@ -1,17 +1,61 @@
 //! Reading keys, now or at an old revision, and reading history.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use redb::{ReadOnlyTable, ReadTransaction};
 
 use super::recent::Revised;
 use super::tables::{CURRENT, Damaged, LOG, LogEntry, PAST, TablesResult, Version, decode_past, read_meta};
+use super::writer::Shared;
 use crate::bounds::{Interval, successor};
 use crate::{Change, KeyValue, RangeRequest, RangeResult, Result, Revision, StoreError};
 
 /// Most bytes of changes that one read of history gathers before it stops.
 const HISTORY_CHUNK_BYTES: usize = 4 << 20;
+
+/// How often, and after which pause, a read is made again that was cut off by the recovery from a failed write.
+const ATTEMPTS: usize = 50;
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Where to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Here: it takes microseconds.
+    Inline,
+    /// On a thread that may block.
+    Thread,
+}
+
+/// Reads from a snapshot of everything committed so far.
+pub(super) async fn read<T: Send + 'static>(
+    shared: &Arc<Shared>,
+    place: Place,
+    operation: &'static str,
+    read: impl Fn(&ReadTransaction) -> TablesResult<Result<T>> + Send + Sync + 'static,
+) -> Result<T> {
+    let read = Arc::new(read);
+    for attempt in 1.. {
+        let outcome = match place {
+            Place::Inline => shared.disk.read().and_then(|txn| read(&txn)),
+            Place::Thread => {
+                let (shared, read) = (Arc::clone(shared), Arc::clone(&read));
+                let thread =
+                    tokio::task::spawn_blocking(move || shared.disk.read().and_then(|txn| read(&txn)));
+                thread.await.map_err(|_| StoreError::Closed)?
+            }
+        };
+        match outcome {
+            Ok(result) => return result,
+            Err(error) if attempt < ATTEMPTS && shared.disk.is_interrupted(&error) => {
+                tokio::time::sleep(PAUSE).await;
+            }
+            Err(error) => return Err(shared.disk.error(operation, error)),
+        }
+    }
+    unreachable!("the last attempt returns")
+}
 
 type Rows = ReadOnlyTable<&'static [u8], &'static [u8]>;
 type PastRows = ReadOnlyTable<(&'static [u8], u64), &'static [u8]>;
@@ -122,6 +166,13 @@ fn past_version(past: &PastRows, key: &Bytes, at: u64, keys_only: bool) -> Table
     Ok((superseded_at > at).then(|| version.to_kv(key.clone(), keys_only)))
 }
 
+/// Whether history can be read from `first` on.
+pub(super) fn is_kept(txn: &ReadTransaction, first: u64) -> TablesResult<Result<()>> {
+    let meta = read_meta(txn)?;
+    let (requested, oldest) = (Revision(first), Revision(meta.oldest));
+    Ok(if requested < oldest { Err(StoreError::Compacted { requested, oldest }) } else { Ok(()) })
+}
+
 /// Reads revisions in order and without a gap from `first` on, up to `last` (included, committed), at most `count`.
 pub(super) fn history(
     txn: &ReadTransaction,
@@ -129,10 +180,8 @@ pub(super) fn history(
     last: u64,
     count: usize,
 ) -> TablesResult<Result<Vec<Arc<Revised>>>> {
-    let meta = read_meta(txn)?;
-    if first < meta.oldest {
-        let (requested, oldest) = (Revision(first), Revision(meta.oldest));
-        return Ok(Err(StoreError::Compacted { requested, oldest }));
+    if let Err(compacted) = is_kept(txn, first)? {
+        return Ok(Err(compacted));
     }
     let (log, current, past) = (txn.open_table(LOG)?, txn.open_table(CURRENT)?, txn.open_table(PAST)?);
     let mut revised: Vec<Arc<Revised>> = Vec::new();

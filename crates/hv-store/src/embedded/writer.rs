@@ -13,6 +13,7 @@ use redb::ReadableTable;
 use super::disk::{Disk, is_full};
 use super::lease::Leases;
 use super::recent::{Recent, Revised};
+use super::room::Admission;
 use super::tables::{LEASES, Meta, Tables, TablesError, TablesResult};
 use crate::{LeaseId, Op, Result, Revision, StoreError, Txn, TxnOutcome};
 
@@ -24,8 +25,8 @@ const MAX_BATCH_BYTES: usize = 8 << 20;
 const MAX_LEASES_ENDING: usize = 64;
 /// Most old revisions dropped along with a batch, and in one step when nothing else is to do.
 const TRIM_STEP: usize = 512;
-/// What remains for deleting, expiry and compaction when writing is refused, in bytes.
-const DELETE_RESERVE_BYTES: u64 = 2 << 20;
+/// Most commands in one batch when the disk is nearly full: each takes new pages before it gives old ones back.
+const MAX_FREEING_BATCH: usize = 16;
 /// How long the writer waits before it tries again to open a file that failed.
 const REOPEN_RETRY: Duration = Duration::from_secs(1);
 /// How long it sleeps when nothing is due. Any command wakes it.
@@ -111,7 +112,6 @@ pub(super) struct Shared {
 #[derive(Clone, Copy)]
 pub(super) struct Tuning {
     pub(super) auto_compact_revisions: u64,
-    pub(super) min_free_bytes: u64,
 }
 
 pub(super) struct Writer {
@@ -151,8 +151,8 @@ impl Writer {
     /// while the store was closed.
     pub(super) fn load_leases(&self) -> Result<()> {
         let shared = &self.shared;
-        let txn = shared.disk.read()?;
         let load = || -> TablesResult<()> {
+            let txn = shared.disk.read()?;
             let table = txn.open_table(LEASES)?;
             let (now, mut leases) = (Instant::now(), shared.leases.lock());
             for row in table.iter()? {
@@ -180,7 +180,8 @@ impl Writer {
                     break;
                 }
             }
-            let rest = queued.split_off(batch_len(&queued));
+            let most = if self.shared.disk.room.is_short() { MAX_FREEING_BATCH } else { MAX_BATCH };
+            let rest = queued.split_off(batch_len(&queued, most));
             let batch = std::mem::replace(&mut queued, rest);
             self.step(batch);
         }
@@ -226,21 +227,16 @@ impl Writer {
 
     /// Refuses early what would fill the disk: a write that fails halfway costs a reopening.
     fn refuse_without_room(&self, batch: Vec<Command>) -> Vec<Command> {
-        let Some(free_bytes) = self.shared.disk.free_bytes() else { return batch };
         let needed_bytes: usize = batch.iter().map(Command::size_bytes).sum();
-        let growing = free_bytes >= self.tuning.min_free_bytes + 2 * needed_bytes as u64;
-        if growing {
+        let admission = self.shared.disk.room.admits(needed_bytes as u64);
+        if admission == Admission::All {
             return batch;
         }
-        let freeing = free_bytes >= DELETE_RESERVE_BYTES;
+        let freeing = admission == Admission::Freeing;
         let (kept, refused): (Vec<_>, Vec<_>) =
             batch.into_iter().partition(|command| freeing && command.frees_room());
         for command in refused {
-            let (dir, free_kib) = (self.shared.disk.place(), free_bytes / 1024);
-            let needed_kib = self.tuning.min_free_bytes / 1024;
-            command.refuse(StoreError::Full(format!(
-                "the file system of {dir} has {free_kib} KiB left and {needed_kib} KiB must stay free"
-            )));
+            command.refuse(StoreError::Full(self.shared.disk.room.describe()));
         }
         kept
     }
@@ -333,9 +329,18 @@ impl Writer {
 
     fn fail(&mut self, error: TablesError, answers: Vec<Answer>) {
         let full = is_full(&error);
-        let shared = &self.shared;
+        let shared = Arc::clone(&self.shared);
         let why = format!("the last write failed: {error}");
         tracing::error!(dir = %shared.disk.place(), %error, "writing failed");
+        *shared.trouble.lock() = Some(why.clone());
+        self.failed = true;
+        // After a failed flush the kernel may have dropped what it could not write while its cache still shows it:
+        // only a lack of room is known to leave the file as it was.
+        self.poisoned = !full;
+        if full {
+            shared.disk.room.release();
+        }
+        self.recover();
         let mut cause = Some(error);
         for answer in answers {
             answer.fail(match cause.take() {
@@ -344,12 +349,6 @@ impl Writer {
                 None => shared.disk.io_error("writing", why.clone().into()),
             });
         }
-        *shared.trouble.lock() = Some(why);
-        self.failed = true;
-        // After a failed flush the kernel may have dropped what it could not write while its cache still shows it:
-        // only a lack of room is known to leave the file as it was.
-        self.poisoned = !full;
-        self.recover();
     }
 
     /// Opens the file again after a failed write. Reads need that too: the database refuses all once a write failed.
@@ -437,12 +436,12 @@ fn apply_command(
     Ok(())
 }
 
-/// How many of the queued commands one batch takes.
-fn batch_len(queued: &[Command]) -> usize {
+/// How many of the queued commands one batch takes, `most` at most.
+fn batch_len(queued: &[Command], most: usize) -> usize {
     let mut total_bytes = 0;
     let fits = queued.iter().take_while(|command| {
         total_bytes += command.size_bytes();
         total_bytes <= MAX_BATCH_BYTES
     });
-    fits.count().max(1).min(queued.len())
+    fits.count().max(1).min(most).min(queued.len())
 }

@@ -13,6 +13,9 @@ use crate::{Health, Result, Revision, StoreError};
 /// How long a member may take to say how it is.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// Versions that lose acknowledged writes when they are killed under load (etcd's issue 13766, fixed in 3.5.3).
+const LOSING_WRITES: [&str; 3] = ["3.5.0", "3.5.1", "3.5.2"];
+
 /// Asks all members at once. An error if none answers.
 pub(super) async fn health(members: &Members) -> Result<Health> {
     let asked = join_all((0..members.len()).map(|index| status(members, index))).await;
@@ -34,6 +37,12 @@ pub(super) async fn health(members: &Members) -> Result<Health> {
     for (index, status) in &answered {
         let endpoint = members.endpoint(*index);
         warnings.extend(status.errors().iter().map(|error| format!("etcd member {endpoint}: {error}")));
+        if LOSING_WRITES.contains(&status.version()) {
+            warnings.push(format!(
+                "etcd member {endpoint} is version {}, which loses acknowledged writes when it crashes: use 3.5.3 or later",
+                status.version()
+            ));
+        }
         if status.leader() == 0 {
             warnings.push(format!("etcd member {endpoint} knows no leader"));
         }

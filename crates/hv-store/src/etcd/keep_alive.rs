@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use etcd_client::{Error, LeaseKeepAliveStream, LeaseKeeper};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::error::store_error;
 use super::members::Members;
@@ -88,11 +88,16 @@ impl Renewer {
     /// Sends renewals and hands out answers until the stream fails; whoever waits then is told.
     async fn serve(&mut self, mut open: Open, index: usize) {
         let patience = self.members.request_timeout;
+        // Since when somebody waits without any answer having come.
+        let mut silent_since = Instant::now();
         loop {
             let idle = open.waiting.is_empty();
             tokio::select! {
                 renewal = self.queue.recv() => {
                     let Some((lease, reply)) = renewal else { return };
+                    if idle {
+                        silent_since = Instant::now();
+                    }
                     open.waiting.entry(lease).or_default().push_back(reply);
                     open.keeper.id = lease.0;
                     if !matches!(timeout(patience, open.keeper.keep_alive()).await, Ok(Ok(()))) {
@@ -101,6 +106,7 @@ impl Renewer {
                 }
                 message = open.stream.message() => {
                     let Ok(Some(message)) = message else { break };
+                    silent_since = Instant::now();
                     let lease = LeaseId(message.id());
                     let renewed =
                         if message.ttl() > 0 { Ok(()) } else { Err(StoreError::LeaseNotFound(lease)) };
@@ -113,8 +119,8 @@ impl Renewer {
                         }
                     }
                 }
-                // Nothing was sent or answered for so long although somebody waits: the member hangs.
-                () = tokio::time::sleep(patience), if !idle => break,
+                // The member hangs.
+                () = sleep_until(silent_since + patience), if !idle => break,
             }
         }
         self.members.failed(index);

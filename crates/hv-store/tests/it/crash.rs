@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use hv_store::embedded::{EmbeddedOptions, EmbeddedStore};
-use hv_store::{Revision, SharedStore, Store};
+use hv_store::{Revision, SharedStore};
 use tempfile::TempDir;
 
 use crate::workload;

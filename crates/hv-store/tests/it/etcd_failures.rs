@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use hv_store::conformance::etcd_server::{EtcdServer, EtcdSpec, EtcdVersion};
+use hv_store::conformance::skip;
 use hv_store::etcd::{EtcdOptions, EtcdStore};
-use hv_store::{Change, KeyRange, Revision, SharedStore, StoreError, StoreExt};
+use hv_store::{Change, KeyRange, LeaseId, Revision, SharedStore, StoreError, StoreExt};
 
 use crate::workload;
 
@@ -133,7 +134,18 @@ fn follow(
     })
 }
 
-async fn crashes_lose_nothing(version: EtcdVersion) {
+/// Ends etcd, and starts it again with its data. The 3.5 that there is for tests loses acknowledged writes when it is
+/// killed under load (etcd's issue 13766), so that one is asked to end.
+async fn interrupt(server: &mut EtcdServer, version: EtcdVersion, store: &SharedStore) {
+    match version {
+        EtcdVersion::V3_4 => server.kill(),
+        EtcdVersion::V3_5 => server.stop_member(0),
+    }
+    assert!(store.get("0/part/0").await.unwrap_err().retryable());
+    server.restart().await;
+}
+
+async fn interruptions_lose_nothing(version: EtcdVersion) {
     let Some(mut server) = EtcdServer::start(version).await else { return };
     let store: SharedStore = EtcdStore::connect(impatient(&server)).await.unwrap();
     let from = store.revision().await.unwrap();
@@ -144,9 +156,7 @@ async fn crashes_lose_nothing(version: EtcdVersion) {
     for _ in 0..4 {
         all_advance(&store).await;
         tokio::time::sleep(Duration::from_millis(rand::random_range(0..300))).await;
-        server.kill();
-        assert!(store.get("0/part/0").await.unwrap_err().retryable());
-        server.restart().await;
+        interrupt(&mut server, version, &store).await;
     }
     all_advance(&store).await;
     let (acknowledged, _) = writers.finish().await;
@@ -163,13 +173,17 @@ async fn crashes_lose_nothing(version: EtcdVersion) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn crashes_lose_nothing_v3_4() {
-    crashes_lose_nothing(EtcdVersion::V3_4).await;
+async fn kill_9_loses_nothing_v3_4() {
+    interruptions_lose_nothing(EtcdVersion::V3_4).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn crashes_lose_nothing_v3_5() {
-    crashes_lose_nothing(EtcdVersion::V3_5).await;
+async fn restarts_lose_nothing_v3_5() {
+    skip(
+        "etcd 3.5 kill -9",
+        "etcd 3.5.1 itself loses acknowledged writes when killed (fixed in 3.5.3); restarted instead",
+    );
+    interruptions_lose_nothing(EtcdVersion::V3_5).await;
 }
 
 async fn a_killed_leader_is_survived(version: EtcdVersion) {
@@ -187,14 +201,13 @@ async fn a_killed_leader_is_survived(version: EtcdVersion) {
     let leader = server.leader().await.expect("somebody leads");
     server.kill_member(leader);
     all_advance(&store).await;
-    store
-        .lease_keep_alive(lease)
-        .await
-        .or_else(|error| if error.retryable() { Ok(()) } else { Err(error) })
-        .unwrap();
-    server.start_member(leader);
-    server.wait_ready().await;
-    all_advance(&store).await;
+    store.lease_keep_alive(lease).await.or_else(tolerate_late).unwrap();
+    if version == EtcdVersion::V3_4 {
+        // A 3.5.1 that was killed may come back with less than it acknowledged.
+        server.start_member(leader);
+        server.wait_ready().await;
+        all_advance(&store).await;
+    }
     let (acknowledged, longest) = writers.finish().await;
     assert!(longest <= limit, "a call took {longest:?}, although at most {limit:?} are allowed");
     for (writer, acknowledged) in acknowledged.iter().enumerate() {
@@ -225,11 +238,18 @@ async fn a_frozen_member_does_not_stall_calls() {
     let options = impatient(&server);
     let limit = options.request_timeout + SLACK;
     let store: SharedStore = EtcdStore::connect(options).await.unwrap();
+    let from = store.revision().await.unwrap();
+    let stream = store.watch(KeyRange::Prefix("".into()), None).await.unwrap();
+    let (tell_last, last) = tokio::sync::watch::channel(None);
+    let following = follow(stream, last);
+    let lease = store.lease_grant(Duration::from_secs(30)).await.unwrap();
+    let renewing = tokio::spawn(renew(store.clone(), lease));
     let writers = Writers::start(&store);
     all_advance(&store).await;
     for member in 0..3 {
         server.freeze_member(member);
         all_advance(&store).await;
+        store.lease_keep_alive(lease).await.or_else(tolerate_late).unwrap();
         server.thaw_member(member);
         all_advance(&store).await;
     }
@@ -237,6 +257,77 @@ async fn a_frozen_member_does_not_stall_calls() {
     assert!(longest <= limit, "a call took {longest:?}, although at most {limit:?} are allowed");
     for (writer, acknowledged) in acknowledged.iter().enumerate() {
         workload::check(&store, writer, acknowledged).await;
+    }
+    let to = store.revision().await.unwrap();
+    tell_last.send(Some(to)).unwrap();
+    let seen = tokio::time::timeout(RECOVERY, following).await.expect("the watch catches up").unwrap();
+    assert!(
+        seen.iter().map(|(revision, _)| revision.0).eq(from.0 + 1..=to.0),
+        "the watch lost or repeated something"
+    );
+    renewing.abort();
+    let ended = renewing.await.expect_err("it renews until it is told to stop");
+    assert!(ended.is_cancelled(), "renewing the lease failed: {ended:?}");
+}
+
+/// Renews a lease until it is aborted; panics if it could not be renewed for most of its time.
+async fn renew(store: SharedStore, lease: LeaseId) {
+    let mut renewed = Instant::now();
+    loop {
+        match store.lease_keep_alive(lease).await {
+            Ok(()) => renewed = Instant::now(),
+            Err(error) => tolerate_late(error).unwrap(),
+        }
+        assert!(
+            renewed.elapsed() < Duration::from_secs(20),
+            "the lease was not renewed for {:?}",
+            renewed.elapsed()
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+fn tolerate_late(error: StoreError) -> Result<(), StoreError> {
+    if error.retryable() { Ok(()) } else { Err(error) }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_endpoint_among_live_ones_fails_no_call() {
+    let Some(server) = EtcdServer::start(EtcdVersion::V3_5).await else { return };
+    let unused = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let dead = format!("http://{}", unused.local_addr().unwrap());
+    drop(unused);
+    let endpoints = vec![dead.clone(), server.endpoints().remove(0)];
+    // Which endpoint comes first is drawn for each store.
+    for index in 0..20 {
+        let options = EtcdOptions { endpoints: endpoints.clone(), ..impatient(&server) };
+        let store: SharedStore = EtcdStore::connect(options).await.unwrap();
+        store.put(index.to_string(), "").await.unwrap();
+        let warnings = store.health().await.unwrap().warnings;
+        assert!(warnings.iter().any(|warning| warning.contains(&dead)), "{warnings:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_is_required_where_etcd_requires_one() {
+    for version in [EtcdVersion::V3_4, EtcdVersion::V3_5] {
+        let Some(server) = EtcdServer::start(version).await else { continue };
+        let mut client = etcd_client::Client::connect(server.endpoints(), None).await.unwrap();
+        client.user_add("root", "secret", None).await.unwrap();
+        client.user_grant_role("root", "root").await.unwrap();
+        client.auth_enable().await.unwrap();
+        let user = |name: &str, password: &str| EtcdOptions {
+            user: Some((name.to_owned(), password.to_owned())),
+            ..impatient(&server)
+        };
+        for options in [impatient(&server), user("root", "wrong"), user("nobody", "secret")] {
+            let refused = EtcdStore::connect(options).await.err();
+            assert!(matches!(refused, Some(StoreError::InvalidRequest(_))), "{refused:?}");
+        }
+        let store: SharedStore = EtcdStore::connect(user("root", "secret")).await.unwrap();
+        let mut stream = store.watch(KeyRange::Prefix("".into()), None).await.unwrap();
+        let put = store.put("a", "").await.unwrap();
+        assert_eq!(stream.next().await.unwrap().unwrap().revision, put);
     }
 }
 

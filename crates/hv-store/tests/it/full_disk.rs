@@ -6,7 +6,7 @@ use std::process::Command;
 
 use hv_store::conformance::skip;
 use hv_store::embedded::{EmbeddedOptions, EmbeddedStore};
-use hv_store::{Op, Revision, SharedStore, Store, StoreError, StoreExt, Txn};
+use hv_store::{Op, Revision, SharedStore, StoreError, StoreExt, Txn};
 use tempfile::TempDir;
 
 const SIZE_MIB: usize = 24;
@@ -93,6 +93,8 @@ async fn a_full_disk_is_survived(min_free_bytes: u64, value: &[u8]) {
     let store = open(&disk.store_dir(), min_free_bytes);
     let count = fill(&store, value).await;
     assert!(count > 10, "only {count} writes fit");
+    // Which of the two ways it was: the reserve is given up only by a write that failed.
+    assert_eq!(disk.store_dir().join("reserve").exists(), min_free_bytes > 0);
     let revision = store.revision().await.unwrap();
     assert_eq!(revision, Revision(1 + count as u64), "a refused write took a revision");
 

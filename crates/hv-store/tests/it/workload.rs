@@ -81,7 +81,9 @@ pub(crate) async fn check(store: &SharedStore, writer: usize, acknowledged: &BTr
     let last = number_of(first);
     let logged: BTreeSet<String> =
         logged.iter().map(|kv| String::from_utf8(kv.key.to_vec()).unwrap()).collect();
-    assert_eq!(logged, (1..=last).map(|number| log_key(writer, number)).collect(), "writer {writer}");
+    let wanted: BTreeSet<String> = (1..=last).map(|number| log_key(writer, number)).collect();
+    let wrong: Vec<_> = logged.symmetric_difference(&wanted).collect();
+    assert!(wrong.is_empty(), "writer {writer} is at {last}, but these are missing or too many: {wrong:?}");
     let lost: Vec<_> = acknowledged.iter().filter(|number| **number > last).collect();
     assert!(
         lost.is_empty(),

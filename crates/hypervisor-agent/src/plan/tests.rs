@@ -13,7 +13,12 @@ const BOOT: &str = "boot-1";
 fn order(generation: u64, wanted: Wanted, restart_generation: u64) -> Order {
     let id = "i-1".parse().unwrap();
     Order {
-        config: InstanceConfig { id, name: "a".into(), spec: Default::default(), metadata: Default::default() },
+        config: InstanceConfig {
+            id,
+            name: "a".into(),
+            spec: Default::default(),
+            metadata: Default::default(),
+        },
         instance_type: InstanceType::Vm,
         epoch: Epoch(1),
         generation,
@@ -91,7 +96,10 @@ fn an_instance_that_ended_by_itself_is_shown_and_not_started() {
         Next::Rest(state, reason) => (state, reason),
         other => panic!("{other:?}"),
     };
-    assert_eq!(state(settled(Exit::Finished, BOOT)), (InstanceState::Stopped, "the guest powered off".into()));
+    assert_eq!(
+        state(settled(Exit::Finished, BOOT)),
+        (InstanceState::Stopped, "the guest powered off".into())
+    );
     assert_eq!(state(settled(Exit::Failed("boom".into()), BOOT)), (InstanceState::Failed, "boom".into()));
     assert_eq!(state(settled(Exit::Lost, BOOT)).0, InstanceState::Failed);
     assert_eq!(state(settled(Exit::Finished, "boot-2")).0, InstanceState::Stopped);
@@ -132,7 +140,9 @@ impl Model {
             (Step::Stop, Observed::Running(_) | Observed::Paused(_)) => stopped(),
             (Step::Pause, Observed::Running(_)) => paused(),
             (Step::Resume, Observed::Paused(_)) => running(),
-            (Step::Delete, Observed::Stopped(_) | Observed::Running(_) | Observed::Paused(_)) => Observed::Absent,
+            (Step::Delete, Observed::Stopped(_) | Observed::Running(_) | Observed::Paused(_)) => {
+                Observed::Absent
+            }
             _ => return Err(bad),
         };
         self.complete = self.seen != Observed::Absent;
@@ -142,7 +152,11 @@ impl Model {
 }
 
 /// Works until there is nothing to do; `crash_after` steps the journal forgets the step that was just done.
-fn settle(entry: &mut Entry, model: &mut Model, mut crash_after: Option<u32>) -> Result<InstanceState, String> {
+fn settle(
+    entry: &mut Entry,
+    model: &mut Model,
+    mut crash_after: Option<u32>,
+) -> Result<InstanceState, String> {
     const MOST_STEPS: u32 = 16;
     for _ in 0..MOST_STEPS {
         match next_step(entry, &model.seen, BOOT) {

@@ -1,0 +1,4 @@
+//! The fake against the conformance suite, and its own promises.
+
+mod conformance;
+mod script;

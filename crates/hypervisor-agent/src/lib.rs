@@ -1,0 +1,387 @@
+//! The node agent: makes what the control plane binds to this node so, and says what it sees.
+//!
+//! # Theory of operation
+//! [`start`] opens the journal, starts one worker per instance that is remembered there, and then, side by side:
+//! registration and heartbeats, the stream of assignments, the reporter, the look at the node itself, and the ports.
+//! No part waits for another: without a server the workers go on with what the journal says; a driver that hangs holds
+//! up its own instance only.
+//!
+//! # Invariants
+//! - What is asked for is in the journal before anything is done about it.
+//! - An instance is removed only because the control plane said so (or, one that was made here, a user of this node).
+//! - Instances outlive the agent. Stopping it, or killing it, touches none.
+//! - The agent holds no store credentials and knows no store.
+
+mod assignments;
+mod backoff;
+pub mod config;
+mod context;
+mod drivers;
+mod entry;
+mod instances;
+mod inventory;
+mod journal;
+mod plan;
+mod registration;
+mod reporter;
+mod serve;
+mod service;
+mod view;
+mod worker;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hv_client::{ClientError, Clients, channel};
+use hv_telemetry::Shutdown;
+use hv_telemetry::health::Health;
+use hv_telemetry::metrics::Metrics;
+use hv_types::{Metadata, NodeId};
+use tokio::sync::watch;
+
+use crate::assignments::Assignments;
+use crate::backoff::Backoff;
+use crate::config::{Config, Refused};
+use crate::context::Context;
+use crate::drivers::{Chosen, choose};
+use crate::instances::Instances;
+use crate::inventory::Inventor;
+use crate::journal::{Journal, NodeFile};
+use crate::registration::{Identity, Registration};
+use crate::reporter::{Reporter, Reports};
+
+pub use context::{DriverSet, Tuning};
+pub use journal::JournalError;
+pub use serve::{READY_FILE, ReadyFile};
+
+/// How long tasks may take to end after a shutdown began; what is then cut off goes on after the next start.
+const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
+/// How many times its first value a pause between calls to the server can grow.
+const MOST_PAUSES: u32 = 30;
+/// How often observations of histograms are folded.
+const UPKEEP_EVERY: Duration = Duration::from_mins(1);
+
+/// Why the agent cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// A setting cannot be used.
+    #[error(transparent)]
+    Config(#[from] Refused),
+    /// The state directory cannot be used.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The state directory belongs to another node.
+    #[error("{} belongs to node {kept}, but agent.node_id is {asked}; use the node's own state directory", dir.display())]
+    OtherNode {
+        /// The state directory.
+        dir: PathBuf,
+        /// Whose it is.
+        kept: String,
+        /// What was asked for.
+        asked: String,
+    },
+    /// The server's address or certificates cannot be used.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// A port cannot be had.
+    #[error("cannot listen on {address}; set {key} to another address")]
+    Listen {
+        /// The setting.
+        key: &'static str,
+        /// Its value.
+        address: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A certificate or key file cannot be read.
+    #[error("cannot read {}; see tls in the configuration", path.display())]
+    TlsFile {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A part of the service cannot be set up.
+    #[error("cannot set up {what}")]
+    Serve {
+        /// Which part.
+        what: &'static str,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// An agent that listens.
+#[derive(Clone, Debug)]
+pub struct Agent {
+    /// The node.
+    pub node_id: NodeId,
+    /// Where gRPC is reached from this machine.
+    pub grpc: SocketAddr,
+    /// Where health and metrics are.
+    pub http: SocketAddr,
+    /// Whether it is registered.
+    pub health: Health,
+}
+
+/// Runs the agent until the shutdown is triggered, then waits for its tasks.
+///
+/// # Errors
+/// It cannot start. Once it runs, whatever fails is tried again.
+pub async fn run(config: Config, shutdown: Shutdown) -> Result<(), AgentError> {
+    start(config, shutdown.clone()).await?;
+    if let Err(error) = shutdown.wait(SHUTDOWN_DEADLINE).await {
+        tracing::warn!(%error, "what was cut off goes on after the next start");
+    }
+    Ok(())
+}
+
+/// Starts the agent with the drivers of its configuration. Returns when it listens.
+///
+/// # Errors
+/// It cannot start.
+pub async fn start(config: Config, shutdown: Shutdown) -> Result<Agent, AgentError> {
+    let chosen = choose(&config)?;
+    launch(config, chosen, Tuning::default(), shutdown).await
+}
+
+/// Starts the agent with drivers and bounds of the caller's choice, for tests.
+///
+/// # Errors
+/// It cannot start.
+pub async fn start_with(
+    config: Config,
+    drivers: DriverSet,
+    tuning: Tuning,
+    shutdown: Shutdown,
+) -> Result<Agent, AgentError> {
+    launch(config, Chosen { drivers, missing: Vec::new() }, tuning, shutdown).await
+}
+
+async fn launch(
+    config: Config,
+    chosen: Chosen,
+    tuning: Tuning,
+    shutdown: Shutdown,
+) -> Result<Agent, AgentError> {
+    config.check()?;
+    let (context, entries, cluster_id) = open(&config, chosen.drivers, tuning).await?;
+    let grpc = serve::listen("agent.grpc_address", &config.grpc_address()).await?;
+    let http = serve::listen("agent.http_address", &config.agent.http_address).await?;
+    let addresses = (serve::reachable(&grpc), serve::reachable(&http));
+    let unknown = |source| AgentError::Serve { what: "the addresses", source: Box::new(source) };
+    let (grpc_at, http_at) = (addresses.0.map_err(unknown)?, addresses.1.map_err(unknown)?);
+
+    let health = Health::new();
+    let metrics =
+        Metrics::install().map_err(|e| AgentError::Serve { what: "metrics", source: Box::new(e) })?;
+    let instances = Instances::new(Arc::clone(&context), shutdown.clone());
+    let service = service::Service::new(Arc::clone(&instances));
+    serve::grpc(grpc, service, &config.tls, &health, &shutdown).await?;
+    serve::http(http, health.router(metrics.clone()), &shutdown);
+    spawn_upkeep(&instances, metrics, &shutdown);
+
+    tracing::info!(instances = entries.len(), "taking up what the journal says");
+    for entry in entries {
+        instances.adopt(entry);
+    }
+    spawn_driver_tasks(&instances, &shutdown);
+    let inventory = spawn_inventory(&config, &context, chosen.missing, &shutdown);
+    spawn_control(&config, &instances, inventory, &health, grpc_at.port(), cluster_id, &shutdown).await?;
+
+    let node_id = context.node_id.clone();
+    let ready = serve::ReadyFile {
+        pid: std::process::id(),
+        node_id: node_id.to_string(),
+        grpc: grpc_at.to_string(),
+        http: http_at.to_string(),
+    };
+    serve::announce(&config.agent.state_dir, &ready)?;
+    tracing::info!(node = %node_id, grpc = %grpc_at, http = %http_at, server = config.agent.server_addr,
+        state_dir = %config.agent.state_dir.display(), "the agent runs");
+    Ok(Agent { node_id, grpc: grpc_at, http: http_at, health })
+}
+
+/// Opens the journal; settles who this node is before anybody is told.
+async fn open(
+    config: &Config,
+    drivers: DriverSet,
+    tuning: Tuning,
+) -> Result<(Arc<Context>, Vec<entry::Entry>, Option<String>), AgentError> {
+    let dir = config.agent.state_dir.clone();
+    let asked = config.agent.node_id.clone();
+    let opened = tokio::task::spawn_blocking(move || {
+        let journal = Journal::open(&dir)?;
+        let node = journal.node()?;
+        let id = match (asked, node.node_id.clone()) {
+            (Some(asked), Some(kept)) if asked != kept => {
+                return Err(AgentError::OtherNode { dir, kept, asked });
+            }
+            (Some(id), _) | (None, Some(id)) => id,
+            (None, None) => NodeId::generate().to_string(),
+        };
+        if node.node_id.as_ref() != Some(&id) {
+            journal
+                .save_node(&NodeFile { node_id: Some(id.clone()), cluster_id: node.cluster_id.clone() })?;
+        }
+        let contents = journal.read_all()?;
+        Ok((journal, id, node.cluster_id, contents))
+    });
+    let (journal, id, cluster_id, contents) = match opened.await {
+        Ok(result) => result?,
+        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+    };
+    for (id, why) in &contents.damaged {
+        tracing::error!(instance = %id, why, "its journal is damaged; it is left alone");
+    }
+    let invalid = |invalid: hv_types::Invalid| Refused { key: "agent.node_id", problem: invalid.to_string() };
+    let context = Context {
+        node_id: id.parse().map_err(invalid)?,
+        boot_id: inventory::boot_id(),
+        drivers,
+        tuning,
+        journal: Arc::new(journal),
+        reports: Reports::default(),
+        damaged: contents.damaged,
+    };
+    Ok((Arc::new(context), contents.entries, cluster_id))
+}
+
+/// Follows each driver's events, and asks each once what it has.
+fn spawn_driver_tasks(instances: &Arc<Instances>, shutdown: &Shutdown) {
+    for driver in instances.context().drivers.all() {
+        let (instances, stopping) = (Arc::clone(instances), shutdown.token());
+        let (name, mut events) = (driver.name(), driver.events());
+        shutdown.spawn(format!("events of {name}"), async move {
+            let follow = async {
+                while let Some(event) = futures::StreamExt::next(&mut events).await {
+                    tracing::debug!(instance = %event.id, driver = name, what = event.what, "event");
+                    instances.look(&event.id);
+                }
+            };
+            stopping.run_until_cancelled(follow).await;
+        });
+    }
+    let (instances, stopping) = (Arc::clone(instances), shutdown.token());
+    shutdown.spawn("first search", async move {
+        stopping.run_until_cancelled(instances.find()).await;
+    });
+}
+
+fn spawn_inventory(
+    config: &Config,
+    context: &Arc<Context>,
+    missing: Vec<hv_types::DriverInfo>,
+    shutdown: &Shutdown,
+) -> watch::Receiver<Option<inventory::Inventory>> {
+    let capacity = inventory::capacity(&config.agent.state_dir);
+    let reserved = &config.agent.reserved;
+    let kept_back = hv_types::Resources {
+        cpu_cores: reserved.cpu_cores,
+        memory_bytes: reserved.memory.bytes(),
+        ..hv_types::Resources::default()
+    };
+    let (sender, receiver) = watch::channel(None);
+    let inventor = Inventor {
+        context: Arc::clone(context),
+        inventory: sender,
+        capacity,
+        allocatable: capacity.minus(kept_back),
+        missing,
+        types: config.agent.supported_instance_types.clone(),
+    };
+    shutdown.spawn("inventory", Box::pin(inventor.run(shutdown.token())));
+    receiver
+}
+
+/// Everything that talks to the server.
+async fn spawn_control(
+    config: &Config,
+    instances: &Arc<Instances>,
+    inventory: watch::Receiver<Option<inventory::Inventory>>,
+    health: &Health,
+    port: u16,
+    cluster_id: Option<String>,
+    shutdown: &Shutdown,
+) -> Result<(), AgentError> {
+    let options = config.client_options();
+    let clients = Clients::new(channel(&options)?);
+    let identity = identity(config, &options.url()?, port).await;
+    let retry = config.heartbeat.retry_interval.get();
+    let backoff = Backoff::new(retry, retry * MOST_PAUSES);
+    let timeout = config.heartbeat.timeout.get();
+    let (registered_sender, registered) = watch::channel(None);
+    let (synced_sender, synced) = watch::channel(None);
+    let registration = Registration {
+        context: Arc::clone(instances.context()),
+        identity,
+        state_dir: config.agent.state_dir.clone(),
+        client: clients.cluster(),
+        options,
+        inventory,
+        registered: registered_sender,
+        cluster_id,
+        known: None,
+        health: health.check("server"),
+        interval: config.heartbeat.interval.get(),
+        timeout,
+        retry_interval: retry,
+        backoff: backoff.clone(),
+    };
+    let assignments = Assignments {
+        instances: Arc::clone(instances),
+        client: clients.assignment(),
+        registered,
+        synced: synced_sender,
+        timeout,
+        backoff: backoff.clone(),
+    };
+    let reporter =
+        Reporter { instances: Arc::clone(instances), client: clients.assignment(), synced, timeout, backoff };
+    shutdown.spawn("registration", Box::pin(registration.run(shutdown.token())));
+    shutdown.spawn("assignments", Box::pin(assignments.run(shutdown.token())));
+    shutdown.spawn("reporter", Box::pin(reporter.run(shutdown.token())));
+    Ok(())
+}
+
+async fn identity(config: &Config, server_url: &str, port: u16) -> Identity {
+    let agent = &config.agent;
+    let authority = server_url.split_once("://").map_or(server_url, |(_, authority)| authority).to_owned();
+    let ip = match &agent.ip {
+        Some(ip) => ip.clone(),
+        // The resolver may block.
+        None => tokio::task::spawn_blocking(move || inventory::own_address(&authority).to_string())
+            .await
+            .unwrap_or_else(|_| "127.0.0.1".into()),
+    };
+    Identity {
+        hostname: agent.hostname.clone().unwrap_or_else(inventory::hostname),
+        ip,
+        port,
+        role: agent.role,
+        region: agent.region.clone(),
+        zone: agent.zone.clone(),
+        metadata: Metadata { labels: agent.labels.clone(), ..Metadata::default() },
+    }
+}
+
+fn spawn_upkeep(instances: &Arc<Instances>, recorder: Metrics, shutdown: &Shutdown) {
+    let (instances, stopping) = (Arc::clone(instances), shutdown.token());
+    shutdown.spawn("metrics", async move {
+        let mut ticks = tokio::time::interval(UPKEEP_EVERY);
+        loop {
+            tokio::select! {
+                () = stopping.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            let views = instances.views();
+            for state in hv_types::InstanceState::ALL {
+                let count = views.iter().filter(|view| view.record.state == state).count();
+                metrics::gauge!("hypervisor_agent_instances", "state" => state.name()).set(count as f64);
+            }
+            recorder.upkeep();
+        }
+    });
+}

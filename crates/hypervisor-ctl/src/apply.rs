@@ -1,0 +1,1 @@
+//! Declarative files: read, compared with what there is, carried out.

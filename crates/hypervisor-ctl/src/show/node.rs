@@ -1,0 +1,190 @@
+//! Nodes and images as rows and as a page.
+
+use std::time::SystemTime;
+
+use hv_proto::v1::{self, NodeStatus};
+
+use super::instance::type_name;
+use super::{Page, pairs, resources};
+use crate::output::table::{Cell, Table, Tone};
+use crate::output::text::{age, escape, labels, moment, short_id, short_ids, size};
+use crate::output::{Output, OutputFormat};
+
+/// Prints nodes as rows.
+#[derive(Debug)]
+pub(crate) struct NodeTable {
+    table: Table,
+    wide: bool,
+    id_chars: usize,
+}
+
+impl NodeTable {
+    pub(crate) fn new(output: Output) -> Self {
+        let wide = output.format == OutputFormat::Wide;
+        let mut titles = vec!["ID", "NAME", "STATUS", "CPUS", "MEMORY", "INSTANCES", "TYPES", "LAST SEEN", "AGE"];
+        if wide {
+            titles.extend(["ADDRESS", "ROLE", "REGION", "ZONE", "VERSION", "LABELS"]);
+        }
+        Self { table: Table::new(titles, output.colours), wide, id_chars: 0 }
+    }
+
+    /// The rows as lines.
+    pub(crate) fn render(&mut self, nodes: &[v1::Node], now: SystemTime) -> String {
+        self.id_chars = self.id_chars.max(short_ids(nodes.iter().map(|node| node.id.as_str())));
+        let rows: Vec<Vec<Cell>> = nodes.iter().map(|node| self.row(node, now)).collect();
+        self.table.render(&rows)
+    }
+
+    /// The row of a node that is gone.
+    pub(crate) fn gone(&mut self, node: &v1::Node, now: SystemTime) -> String {
+        let mut row = self.row(node, now);
+        row[2] = Cell::toned("DELETED", Tone::Bad);
+        self.table.render(&[row])
+    }
+
+    fn row(&self, node: &v1::Node, now: SystemTime) -> Vec<Cell> {
+        let allocated = node.allocated.unwrap_or_default();
+        let allocatable = node.allocatable.or(node.capacity).unwrap_or_default();
+        let mut row: Vec<Cell> = vec![
+            if self.wide { escape(&node.id) } else { short_id(&node.id, self.id_chars) }.into(),
+            escape(&node.hostname).into(),
+            Cell::toned(status_name(node.status()), tone(node.status())),
+            format!("{}/{}", allocated.cpu_cores, allocatable.cpu_cores).into(),
+            format!("{}/{}", size(allocated.memory_bytes), size(allocatable.memory_bytes)).into(),
+            node.instance_count.to_string().into(),
+            escape(&node.supported_instance_types.join(",")).into(),
+            age(node.last_seen.as_ref(), now).into(),
+            age(node.created_at.as_ref(), now).into(),
+        ];
+        if self.wide {
+            row.extend([
+                address(node).into(),
+                role_name(node.role()).into(),
+                escape(&node.region).into(),
+                escape(&node.zone).into(),
+                escape(&node.agent_version).into(),
+                Cell::from(labels(&node.metadata.clone().unwrap_or_default().labels)),
+            ]);
+        }
+        row
+    }
+}
+
+/// A status as people see it.
+pub(crate) fn status_name(status: NodeStatus) -> &'static str {
+    status.as_str_name().trim_start_matches("NODE_STATUS_")
+}
+
+fn role_name(role: v1::NodeRole) -> &'static str {
+    match role {
+        v1::NodeRole::Unspecified => "",
+        v1::NodeRole::Master => "master",
+        v1::NodeRole::Worker => "worker",
+    }
+}
+
+fn tone(status: NodeStatus) -> Tone {
+    match status {
+        NodeStatus::Ready => Tone::Good,
+        NodeStatus::NotReady => Tone::Bad,
+        NodeStatus::Maintenance | NodeStatus::Draining => Tone::Busy,
+        NodeStatus::Unspecified => Tone::Plain,
+    }
+}
+
+fn address(node: &v1::Node) -> String {
+    let host = if node.ip.contains(':') { format!("[{}]", node.ip) } else { node.ip.clone() };
+    escape(&format!("{host}:{}", node.port))
+}
+
+/// Everything about one node.
+pub(crate) fn describe(node: &v1::Node, output: Output, now: SystemTime) -> Page {
+    let mut page = Page::default();
+    let status = node.status();
+    page.line(0, "Name", escape(&node.hostname));
+    page.line(0, "Id", escape(&node.id));
+    page.line(0, "Status", tone(status).paint(status_name(status), output.colours));
+    page.line(0, "Address", address(node));
+    page.some(0, "Role", role_name(node.role()));
+    page.some(0, "Region", escape(&node.region));
+    page.some(0, "Zone", escape(&node.zone));
+    page.some(0, "Agent version", escape(&node.agent_version));
+    page.line(0, "Registered", moment(node.created_at.as_ref()));
+    let last_seen = match age(node.last_seen.as_ref(), now) {
+        none if none.is_empty() => none,
+        age => format!("{} ({age} ago)", moment(node.last_seen.as_ref())),
+    };
+    page.line(0, "Last seen", last_seen);
+    page.heading(0, "Resources");
+    page.line(1, "Capacity", resources(node.capacity.as_ref()));
+    page.line(1, "Allocatable", resources(node.allocatable.as_ref()));
+    page.line(1, "Allocated", resources(node.allocated.as_ref()));
+    if let Some(usage) = &node.usage {
+        let used = format!("{:.1} cores, {} memory", usage.cpu_usage_percent / 100.0, size(usage.memory_used_bytes));
+        page.line(1, "In use", format!("{used}, {} disk", size(usage.disk_used_bytes)));
+    }
+    pairs(&mut page, 0, "Labels", node.metadata.as_ref().map(|metadata| &metadata.labels));
+    pairs(&mut page, 0, "Annotations", node.metadata.as_ref().map(|metadata| &metadata.annotations));
+    describe_health(&mut page, node, output, now);
+    page
+}
+
+fn describe_health(page: &mut Page, node: &v1::Node, output: Output, now: SystemTime) {
+    if !node.drivers.is_empty() {
+        let mut table = Table::new(vec!["NAME", "TYPE", "HEALTHY", "VERSION", "CAPABILITIES", "MESSAGE"], output.colours);
+        let row = |driver: &v1::DriverInfo| {
+            let (word, tone) = if driver.healthy { ("yes", Tone::Good) } else { ("no", Tone::Bad) };
+            vec![
+                escape(&driver.name).into(),
+                type_name(driver.r#type()).into(),
+                Cell::toned(word, tone),
+                escape(&driver.version).into(),
+                escape(&driver.capabilities.join(",")).into(),
+                escape(&driver.message).into(),
+            ]
+        };
+        page.heading(0, "Drivers");
+        page.block(1, &table.render(&node.drivers.iter().map(row).collect::<Vec<_>>()));
+    }
+    if !node.conditions.is_empty() {
+        let mut table = Table::new(vec!["CONDITION", "STATUS", "SINCE", "REASON", "MESSAGE"], output.colours);
+        let row = |condition: &v1::NodeCondition| {
+            vec![
+                escape(&condition.r#type).into(),
+                escape(&condition.status).into(),
+                age(condition.last_transition_time.as_ref(), now).into(),
+                escape(&condition.reason).into(),
+                Cell::from(escape(&condition.message)),
+            ]
+        };
+        page.heading(0, "Conditions");
+        page.block(1, &table.render(&node.conditions.iter().map(row).collect::<Vec<_>>()));
+    }
+    if !node.images.is_empty() {
+        page.heading(0, "Images");
+        page.block(1, &image_table(&node.images, output, now));
+    }
+}
+
+/// Images as rows.
+pub(crate) fn image_table(images: &[v1::Image], output: Output, now: SystemTime) -> String {
+    let wide = output.format == OutputFormat::Wide;
+    let mut titles = vec!["NAME", "TYPE", "SIZE", "NODES", "AGE"];
+    if wide {
+        titles.push("TAGS");
+    }
+    let row = |image: &v1::Image| {
+        let mut row: Vec<Cell> = vec![
+            escape(&image.name).into(),
+            type_name(image.r#type()).into(),
+            size(image.size_bytes).into(),
+            image.node_ids.len().to_string().into(),
+            age(image.created_at.as_ref(), now).into(),
+        ];
+        if wide {
+            row.push(escape(&image.tags.join(",")).into());
+        }
+        row
+    };
+    Table::new(titles, output.colours).render(&images.iter().map(row).collect::<Vec<_>>())
+}

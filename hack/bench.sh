@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Measures what the system costs beside bare QEMU, with release programs. BENCH_ROUNDS sets the number of rounds.
+
+# shellcheck source=hack/env.sh
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+cd "$REPO"
+
+step "what is missing" hack/setup.sh all
+step "build" cargo build --release --locked --package hypervisor-server --package hypervisor-agent \
+  --package hypervisor-ctl --package hv-testkit --example bench
+step "measure" env TESTKIT_PROGRAMS="$TARGET/release" "$TARGET/release/examples/bench" "$TARGET/bench.json"
