@@ -39,8 +39,9 @@ deps: ## Install what is missing (packages need root) and fetch the crates
 	cargo fetch --locked
 
 .PHONY: proto-deps
-proto-deps: ## Say what compiling the contracts needs
-	@echo "nothing to install: the build compiles api/proto with a compiler written in Rust (protox)"
+proto-deps: ## Install what compiling contracts needs
+	hack/setup.sh packages
+	@echo "api/proto is compiled by the build itself (protox); protoc is for the etcd client's own contracts"
 
 .PHONY: proto proto-gen
 proto: proto-gen ## Compile the contracts in api/proto (same as proto-gen)

@@ -17,14 +17,16 @@ finished=no
 # Milliseconds since some moment.
 now_ms() { printf '%s\n' "$(($(date +%s%N) / 1000000))"; }
 
-# do_step "what" command...: runs it quietly, says how long it took; shows its output only if it fails.
+# do_step "what" command...: runs it quietly, says how long it took; shows its output only if it fails. Not in a
+# subshell: what a step starts must be known to clean_up.
 do_step() {
   local what=$1 from to output status=0
   shift
   printf '  %-44s ' "$what"
   from=$(now_ms)
-  output=$("$@" 2>&1) || status=$?
+  "$@" >"$DEMO_DIR/step.out" 2>&1 || status=$?
   to=$(now_ms)
+  output=$(tr -d '\0' <"$DEMO_DIR/step.out")
   if [ "$status" -ne 0 ]; then
     printf 'FAILED\n%s\n' "$output"
     return "$status"

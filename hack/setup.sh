@@ -14,6 +14,8 @@ gcc                       gcc
 /usr/include/stdio.h      libc6-dev
 make                      make
 python3                   python3
+protoc                    protobuf-compiler
+/usr/include/google/protobuf/descriptor.proto libprotobuf-dev
 qemu-system-x86_64        qemu-system-x86
 qemu-img                  qemu-utils
 /usr/bin/etcd             etcd-server

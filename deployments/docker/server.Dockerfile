@@ -5,6 +5,7 @@ ARG BUILD_IMAGE=rust:1.95-bookworm
 ARG BASE_IMAGE=debian:bookworm-slim
 
 FROM ${BUILD_IMAGE} AS build
+RUN apt-get update && apt-get install -y --no-install-recommends protobuf-compiler libprotobuf-dev
 WORKDIR /src
 COPY . .
 RUN cargo build --release --locked --package hypervisor-server --package hypervisor-ctl

@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use hv_proto::{convert, v1};
 use hv_types::{ClusterId, ErrorCode, InstanceRecord, NodeId, ServiceError};
+use prost::Message;
 
 use crate::Cluster;
 use crate::cache::{Batch, Delta, Subscription, SubscriptionError};
 use crate::error::{Error, Result};
 
-/// How many assignments travel in one message, so that it stays far below the largest allowed.
-const CHUNK: usize = 64;
+/// How many bytes of assignments travel in one message: half of the largest allowed, as records are far smaller.
+const CHUNK_BYTES: usize = hv_proto::MAX_MESSAGE_BYTES / 2;
 
 /// A node's assignments.
 pub struct Assignments {
@@ -26,21 +27,34 @@ impl Cluster {
     /// The node belongs to another cluster or is not registered.
     pub async fn assignments(&self, claims: &ClusterId, node: NodeId) -> Result<Assignments> {
         if claims != self.id() {
-            return Err(Error::precondition(format!("the node belongs to cluster {claims}, this is {}", self.id())));
+            return Err(Error::precondition(format!(
+                "the node belongs to cluster {claims}, this is {}",
+                self.id()
+            )));
         }
         self.sync().await?;
         let (found, changes) = self.cache.subscribe(|state| {
             state.node(&node).map(|_| {
-                let all: Vec<_> = state.instances_on(&node).map(|record| convert::assignment_to(record)).collect();
+                let all: Vec<_> =
+                    state.instances_on(&node).map(|record| convert::assignment_to(record)).collect();
                 (all, state.revision().0)
             })
         });
         let (all, revision) = found.ok_or_else(|| Error::no_node(&node))?;
-        let mut first: Vec<_> = all
-            .chunks(CHUNK)
-            .map(|chunk| v1::AssignmentsUpdate { assignments: chunk.to_vec(), revision, ..Default::default() })
-            .collect();
+        let mut first = vec![v1::AssignmentsUpdate { revision, ..Default::default() }];
+        let mut bytes = 0;
+        for assignment in all {
+            bytes += assignment.encoded_len();
+            if bytes > CHUNK_BYTES {
+                bytes = assignment.encoded_len();
+                first.push(v1::AssignmentsUpdate { revision, ..Default::default() });
+            }
+            if let Some(update) = first.last_mut() {
+                update.assignments.push(assignment);
+            }
+        }
         first.push(v1::AssignmentsUpdate { complete: true, revision, ..Default::default() });
+        first.retain(|update| update.complete || !update.assignments.is_empty());
         first.reverse();
         Ok(Assignments { node, first, changes })
     }
@@ -63,8 +77,16 @@ impl Assignments {
                     return Err(ServiceError::new(ErrorCode::Expired, "the node was too slow; ask again"));
                 }
             };
-            if let Some(update) = self.update(&batch) {
-                return Ok(Some(update));
+            match self.update(&batch) {
+                // Only what was missed for long comes in such a mass; the whole set comes in pieces.
+                Some(update) if update.encoded_len() > CHUNK_BYTES => {
+                    return Err(ServiceError::new(
+                        ErrorCode::Expired,
+                        "too much has changed at once; ask again",
+                    ));
+                }
+                Some(update) => return Ok(Some(update)),
+                None => {}
             }
         }
     }
@@ -94,5 +116,8 @@ impl Assignments {
 
 /// Whether a node must know of a change; what it reported itself comes back as one and is no news to it.
 fn concerns_node(was: &InstanceRecord, is: &InstanceRecord) -> bool {
-    was.epoch != is.epoch || was.generation != is.generation || was.binding != is.binding || was.metadata != is.metadata
+    was.epoch != is.epoch
+        || was.generation != is.generation
+        || was.binding != is.binding
+        || was.metadata != is.metadata
 }

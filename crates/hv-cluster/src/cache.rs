@@ -88,7 +88,10 @@ impl Cache {
         let reached = seen.wait_for(|now| *now >= revision);
         match tokio::time::timeout(WAIT_LIMIT, reached).await {
             Ok(Ok(_)) => Ok(()),
-            _ => Err(ServiceError::unavailable("this server has not caught up with the store; try again").into()),
+            _ => {
+                Err(ServiceError::unavailable("this server has not caught up with the store; try again")
+                    .into())
+            }
         }
     }
 
@@ -98,12 +101,16 @@ impl Cache {
         (look(&inner.state), inner.feed.subscribe())
     }
 
-    /// Subscribes to everything from `from` (included) on.
+    /// Subscribes to everything from `from` (included) on. The cache must have caught up with whatever told of `from`.
     ///
     /// # Errors
-    /// The changes since then are no longer kept.
+    /// The changes since then are no longer kept, or `from` is beyond the next revision: it is of another history.
     pub fn subscribe_from(&self, from: Revision) -> std::result::Result<Subscription, SubscriptionError> {
-        self.inner.read().feed.subscribe_from(from)
+        let inner = self.inner.read();
+        if from.0 > inner.state.revision.0 + 1 {
+            return Err(SubscriptionError::Expired);
+        }
+        inner.feed.subscribe_from(from)
     }
 
     /// Fills the cache and follows the store until `stop`.
@@ -115,18 +122,21 @@ impl Cache {
                 () = stop.cancelled() => return,
                 outcome = self.follow(&mut from) => outcome,
             };
-            self.fresh.store(false, Ordering::Relaxed);
+            let was_fresh = self.fresh.swap(false, Ordering::Relaxed);
             if let Err(StoreError::Compacted { .. }) = &outcome {
                 from = None;
             }
             if let Err(error) = outcome {
-                warn!(error = hv_telemetry::error_chain(&error), "the watch of the store ended; it is resumed");
+                warn!(
+                    error = hv_telemetry::error_chain(&error),
+                    "the watch of the store ended; it is resumed"
+                );
             }
+            pause = if was_fresh { RETRY_PAUSE.0 } else { (pause * 2).min(RETRY_PAUSE.1) };
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(pause) => {}
             }
-            pause = if self.is_fresh() { RETRY_PAUSE.0 } else { (pause * 2).min(RETRY_PAUSE.1) };
         }
     }
 
@@ -206,8 +216,10 @@ impl Cache {
     /// A record that cannot be read is left as it was known: one bad value must not stop the whole cluster.
     fn put(&self, state: &mut State, kv: KeyValue) -> Vec<Delta> {
         let key = kv.key.clone();
-        state.put(&self.keys.parse(&key), &kv).unwrap_or_else(|error| {
+        let parsed = self.keys.parse(&key);
+        state.put(&parsed, &kv).unwrap_or_else(|error| {
             warn!(error = hv_telemetry::error_chain(&error), "a record is ignored");
+            state.note_unreadable(&parsed);
             Vec::new()
         })
     }

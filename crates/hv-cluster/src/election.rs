@@ -83,13 +83,17 @@ impl Election {
         self.leading.send_replace(None);
         // Without this the next leader would have to wait for the lease to run out.
         if let Err(error) = self.store.lease_revoke(lease).await {
-            debug!(error = hv_telemetry::error_chain(&error), "the leader's lease was not revoked; it runs out");
+            debug!(
+                error = hv_telemetry::error_chain(&error),
+                "the leader's lease was not revoked; it runs out"
+            );
         }
         outcome
     }
 
     async fn campaign_and_lead(&self, lease: LeaseId) -> Result<(), StoreError> {
-        let record = LeaderRecord { schema: hv_proto::convert::RECORD_SCHEMA, server_id: self.server_id.clone() };
+        let record =
+            LeaderRecord { schema: hv_proto::convert::RECORD_SCHEMA, server_id: self.server_id.clone() };
         loop {
             let txn = Txn {
                 compares: vec![Compare::Absent(self.key.clone())],
@@ -119,7 +123,9 @@ impl Election {
                 Ok(()) => renewed = attempt,
                 Err(error @ StoreError::LeaseNotFound(_)) => return Err(error),
                 Err(error) if renewed.elapsed() >= self.ttl => return Err(error),
-                Err(error) => warn!(error = hv_telemetry::error_chain(&error), "the leader's lease was not renewed"),
+                Err(error) => {
+                    warn!(error = hv_telemetry::error_chain(&error), "the leader's lease was not renewed");
+                }
             }
         }
     }

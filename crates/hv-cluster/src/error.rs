@@ -25,12 +25,17 @@ impl Error {
 
     /// Somebody else changed the object in between, more often than we cared to try again.
     pub fn conflict(what: impl fmt::Display) -> Self {
-        Self(ServiceError::new(ErrorCode::Conflict, format!("{what} is being changed by somebody else; try again")))
+        Self(ServiceError::new(
+            ErrorCode::Conflict,
+            format!("{what} is being changed by somebody else; try again"),
+        ))
     }
 
     /// No such instance.
     pub fn no_instance(id: &InstanceId) -> Self {
-        Self(ServiceError::not_found(format!("instance {id} does not exist; see `hypervisor-ctl instance list`")))
+        Self(ServiceError::not_found(format!(
+            "instance {id} does not exist; see `hypervisor-ctl instance list`"
+        )))
     }
 
     /// No such node.
@@ -89,19 +94,24 @@ impl From<Invalid> for Error {
 impl From<StoreError> for Error {
     fn from(error: StoreError) -> Self {
         let (code, message) = match &error {
-            StoreError::Unavailable { .. } | StoreError::Timeout { .. } | StoreError::Closed => {
-                (ErrorCode::Unavailable, "the store does not answer; the change may or may not have been made: \
-                 repeat it with the same request key")
-            }
+            StoreError::Unavailable { .. } | StoreError::Timeout { .. } | StoreError::Closed => (
+                ErrorCode::Unavailable,
+                "the store does not answer; the change may or may not have been made: \
+                 repeat it with the same request key",
+            ),
             StoreError::Full(_) => (
                 ErrorCode::ResourceExhausted,
                 "the store has no room left; nothing was changed: free disk space or raise its quota",
             ),
-            StoreError::InvalidRequest(_) => (ErrorCode::InvalidArgument, "the request is too large for the store"),
+            StoreError::InvalidRequest(_) => {
+                (ErrorCode::InvalidArgument, "the request is too large for the store")
+            }
             StoreError::Compacted { .. } => {
                 (ErrorCode::Expired, "that revision is no longer kept; start again from a fresh list")
             }
-            StoreError::LeaseNotFound(_) => (ErrorCode::Conflict, "a lease ended in the middle of it; try again"),
+            StoreError::LeaseNotFound(_) => {
+                (ErrorCode::Conflict, "a lease ended in the middle of it; try again")
+            }
             StoreError::Io { .. } | StoreError::Corrupt { .. } => {
                 (ErrorCode::Internal, "the store cannot be read or written; see the server's log")
             }

@@ -76,7 +76,9 @@ impl EventLog {
             message,
             warning,
             source: source.into(),
-            request_id: hv_telemetry::RequestId::current().map(|id| id.as_str().to_owned()).unwrap_or_default(),
+            request_id: hv_telemetry::RequestId::current()
+                .map(|id| id.as_str().to_owned())
+                .unwrap_or_default(),
             revision: Revision::default(),
         };
         if self.queue.try_send(event).is_err() {
@@ -122,13 +124,18 @@ impl EventLog {
     async fn trim(&self, cache: &Cache) {
         let first_kept = cache.read(|state| {
             (state.event_count() > self.limit + TRIM_SLACK)
-                .then(|| state.events_before(None).nth(self.limit.saturating_sub(1)).map(|event| event.id.clone()))
+                .then(|| {
+                    state.events_before(None).nth(self.limit.saturating_sub(1)).map(|event| event.id.clone())
+                })
                 .flatten()
         });
         let Some(first_kept) = first_kept else { return };
         let old = KeyRange::Between(self.keys.events(), self.keys.event(&first_kept));
         if let Err(error) = self.store.txn(Txn { then: vec![Op::Delete(old)], ..Txn::default() }).await {
-            warn!(error = hv_telemetry::error_chain(&error), "old events were not removed; it is tried again");
+            warn!(
+                error = hv_telemetry::error_chain(&error),
+                "old events were not removed; it is tried again"
+            );
         }
     }
 }

@@ -30,8 +30,11 @@ impl RollingLease {
         Ok(lease)
     }
 
-    /// Grants a new lease next time: the current one turned out to have ended.
-    pub(crate) async fn forget(&self) {
-        *self.current.lock().await = None;
+    /// Grants a new lease next time, if the current one is still `ended` (0 where it is not known), which is gone.
+    pub(crate) async fn forget(&self, ended: LeaseId) {
+        let mut current = self.current.lock().await;
+        if current.is_some_and(|(lease, _)| lease == ended || ended.0 == 0) {
+            *current = None;
+        }
     }
 }

@@ -41,6 +41,17 @@ pub use error::{Error, Result};
 pub use events::EventLog;
 pub use requests::{Done, Mutation};
 
+/// Bytes of values that go into one transaction, where there are several: well below what the store takes.
+pub(crate) const TXN_BYTES: usize = 1 << 20;
+
+/// The bytes of the value that an operation writes.
+pub(crate) fn op_bytes(op: &Op) -> usize {
+    match op {
+        Op::Put { value, .. } => value.len(),
+        Op::Delete(_) => 0,
+    }
+}
+
 /// One server's handle on the cluster.
 pub struct Cluster {
     pub(crate) store: SharedStore,
@@ -63,7 +74,16 @@ impl Cluster {
         let id = cluster_id(&store, &keys).await?;
         let cache = Cache::new(store.clone(), keys.clone());
         let events = EventLog::new(store.clone(), keys.clone(), config.event_limit);
-        Ok(Arc::new(Self { store, keys, cache, events, config, liveness: nodes::Liveness::default(), request_leases: leases::RollingLease::default(), id }))
+        Ok(Arc::new(Self {
+            store,
+            keys,
+            cache,
+            events,
+            config,
+            liveness: nodes::Liveness::default(),
+            request_leases: leases::RollingLease::default(),
+            id,
+        }))
     }
 
     /// The cluster's identity.

@@ -16,9 +16,10 @@ use hv_proto::store::NodeLease;
 use hv_proto::v1;
 use hv_store::record::{Record, encode_message};
 use hv_store::{Compare, LeaseId, Op, StoreError, Txn, TxnOutcome};
+use hv_types::node::Schedulability;
 use hv_types::{
-    ClusterId, DriverInfo, ImageInfo, NodeCondition, NodeId, NodeRecord, NodeRole, NodeStatus, Resources, Revision,
-    Selector,
+    ClusterId, DriverInfo, ImageInfo, NodeCondition, NodeId, NodeRecord, NodeRole, NodeStatus, Resources,
+    Revision, Selector,
 };
 use parking_lot::Mutex;
 
@@ -196,9 +197,14 @@ impl Cluster {
         usage: Option<v1::NodeUsage>,
     ) -> Result<bool> {
         self.check_cluster(claims)?;
-        let Some(lease) = self.cache.read(|state| state.node(id).and_then(|entry| entry.lease)) else {
-            return Ok(false);
-        };
+        let lease = || self.cache.read(|state| state.node(id).and_then(|entry| entry.lease));
+        let mut known = lease();
+        if known.is_none() {
+            // It may have registered through another server just now.
+            self.sync().await?;
+            known = lease();
+        }
+        let Some(lease) = known else { return Ok(false) };
         match self.store.lease_keep_alive(lease).await {
             Ok(()) => {}
             Err(StoreError::LeaseNotFound(_)) => return Ok(false),
@@ -217,7 +223,11 @@ impl Cluster {
     }
 
     /// Changes a node's record by compare-and-set; nothing is written if nothing changes.
-    pub(crate) async fn update_node(&self, id: &NodeId, change: impl Fn(&mut NodeRecord)) -> Result<Arc<NodeRecord>> {
+    pub(crate) async fn update_node(
+        &self,
+        id: &NodeId,
+        change: impl Fn(&mut NodeRecord),
+    ) -> Result<Arc<NodeRecord>> {
         for _ in 0..ATTEMPTS {
             let record = self.node_record(id)?;
             let mut after = NodeRecord::clone(&record);
@@ -225,6 +235,7 @@ impl Cluster {
             if after == *record {
                 return Ok(record);
             }
+            after.validate()?;
             let key = self.keys.node(id);
             let txn = Txn {
                 compares: vec![Compare::ModRevision(key.clone(), record.revision)],
@@ -275,7 +286,11 @@ impl Cluster {
     ///
     /// # Errors
     /// The store does not answer.
-    pub async fn nodes(&self, filter: &NodeFilter, page: &Page) -> Result<(Vec<Shown>, String, usize, Revision)> {
+    pub async fn nodes(
+        &self,
+        filter: &NodeFilter,
+        page: &Page,
+    ) -> Result<(Vec<Shown>, String, usize, Revision)> {
         self.sync().await?;
         Ok(self.cache.read(|state| {
             let matching: Vec<_> = state
@@ -285,7 +300,10 @@ impl Cluster {
                 })
                 .map(|(record, _)| &record.id)
                 .collect();
-            let begin = page.after.as_ref().map_or(0, |after| matching.partition_point(|id| id.as_str() <= after.as_str()));
+            let begin = page
+                .after
+                .as_ref()
+                .map_or(0, |after| matching.partition_point(|id| id.as_str() <= after.as_str()));
             let rest = &matching[begin..];
             let taken = &rest[..rest.len().min(page.size)];
             let last = taken.last().filter(|_| rest.len() > taken.len());
@@ -297,19 +315,27 @@ impl Cluster {
 
     /// Forgets a node that no instance is bound to.
     ///
+    /// It is cordoned first: a binding compares the node's record, so that after this nothing more can be bound to it,
+    /// and what was bound before is seen.
+    ///
     /// # Errors
     /// There is none, or instances are bound to it.
     pub async fn deregister_node(&self, id: &NodeId) -> Result<()> {
         self.sync().await?;
-        let entry = self.cache.read(|state| state.node(id).cloned()).ok_or_else(|| Error::no_node(id))?;
-        let Some(record) = &entry.record else { return Err(Error::no_node(id)) };
-        if !entry.instances.is_empty() {
-            return Err(Error::precondition(format!(
-                "node {} still has {} instances; drain it or delete them first",
-                record.hostname,
-                entry.instances.len()
-            )));
+        let before = self.empty_node(id)?;
+        if before.schedulability == Schedulability::Open {
+            self.update_node(id, |node| node.schedulability = Schedulability::Cordoned).await?;
+            self.sync().await?;
         }
+        let record = match self.empty_node(id) {
+            Ok(record) => record,
+            Err(refusal) => {
+                if before.schedulability == Schedulability::Open {
+                    self.update_node(id, |node| node.schedulability = Schedulability::Open).await?;
+                }
+                return Err(refusal);
+            }
+        };
         let txn = Txn {
             compares: vec![Compare::ModRevision(self.keys.node(id), record.revision)],
             then: vec![Op::delete(self.keys.node(id)), Op::delete(self.keys.node_lease(id))],
@@ -318,11 +344,24 @@ impl Cluster {
         match self.store.txn(txn).await? {
             TxnOutcome::Committed(revision) => {
                 self.liveness.forget(id);
-                self.events.record(About::Node(record), "NodeRemoved", "deregistered", "user");
+                self.events.record(About::Node(&record), "NodeRemoved", "deregistered", "user");
                 self.cache.wait_for(revision).await
             }
             TxnOutcome::Refused(_) => Err(Error::conflict(format!("node {id}"))),
         }
+    }
+
+    /// The record of a node that no instance is bound to.
+    fn empty_node(&self, id: &NodeId) -> Result<Arc<NodeRecord>> {
+        let record = self.node_record(id)?;
+        let count = self.cache.read(|state| state.instances_on(id).count());
+        if count > 0 {
+            let (hostname, plural) = (&record.hostname, if count == 1 { "" } else { "s" });
+            let message =
+                format!("node {hostname} still has {count} instance{plural}; drain it or delete them first");
+            return Err(Error::precondition(message));
+        }
+        Ok(record)
     }
 
     /// What all nodes have, and what instances were promised of it.

@@ -10,6 +10,8 @@ use hv_types::error::Result as ServiceResult;
 
 /// What a page holds when the caller does not say.
 pub const DEFAULT_PAGE_SIZE: usize = 100;
+/// The longest name that a list is ordered by, in bytes: an image's, with its type.
+const MAX_LAST_BYTES: usize = 600;
 /// The most that a page holds.
 pub const MAX_PAGE_SIZE: usize = 1000;
 
@@ -42,14 +44,18 @@ impl Page {
             return Ok(Self { size, after: None, filters });
         }
         let refused = || {
-            Invalid::new("page_token", token, "must be the next_page_token of a list with the same filters; \
-                start again without it")
+            Invalid::new(
+                "page_token",
+                token,
+                "must be the next_page_token of a list with the same filters; \
+                start again without it",
+            )
         };
         let (tag, after) = token.split_once('.').ok_or_else(refused)?;
         if tag != format!("{filters:016x}") {
             return Err(refused().into());
         }
-        hv_types::validate::identifier("page_token", after).map_err(|_| refused())?;
+        hv_types::validate::printable("page_token", after, MAX_LAST_BYTES).map_err(|_| refused())?;
         Ok(Self { size, after: Some(after.to_owned()), filters })
     }
 

@@ -7,19 +7,20 @@
 //! that came or changed, room that became free; and by a slow timer, in case one of these is ever missed.
 //!
 //! # Invariants
-//! What is bound to a node never exceeds its allocatable resources: only a leader binds, its transactions carry the
-//! leader key, and it counts everything bound before it began.
+//! - What is bound to a node never exceeds its allocatable resources: only a leader binds, its transactions carry the
+//!   leader key, and it counts everything bound before it began.
+//! - Nothing is bound to a node that was cordoned, drained or deregistered: the binding compares the node's record.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use hv_scheduler::{Candidate, Images, place};
-use hv_store::{Compare, Op, Txn, TxnOutcome};
+use hv_store::{Compare, Txn, TxnOutcome};
 use hv_telemetry::crash::{self, Point};
 use hv_types::instance::Binding;
 use hv_types::node::Schedulability;
-use hv_types::{InstanceRecord, InstanceState, InstanceType, Wanted};
+use hv_types::{InstanceRecord, InstanceState, InstanceType, NodeRecord, Wanted};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tokio::sync::watch;
@@ -28,14 +29,18 @@ use tracing::{debug, warn};
 
 use crate::cache::{Delta, NodeEntry, State, SubscriptionError};
 use crate::election::Leadership;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::events::About;
-use crate::Cluster;
+use crate::{Cluster, TXN_BYTES, op_bytes};
 
-/// Bindings per transaction: each takes a compare and an operation, and the leader key one compare more.
+/// Bindings per transaction: each takes an operation and up to two compares (its own record, its node's), and the leader
+/// key one compare more.
 const BATCH: usize = 60;
 /// How long a round may be delayed at most when nothing happens.
 const SLOW_TIMER: Duration = Duration::from_secs(30);
+/// How often in a row a commit may be overtaken before the round is given up for a pause: a leader that was deposed and
+/// does not know it yet must not keep the store busy.
+const OVERTAKEN_LIMIT: usize = 8;
 /// The pause after a round that failed.
 const RETRY_PAUSE: Duration = Duration::from_millis(500);
 
@@ -43,12 +48,16 @@ const RETRY_PAUSE: Duration = Duration::from_millis(500);
 struct Decision {
     before: Arc<InstanceRecord>,
     after: InstanceRecord,
-    node: Option<String>,
+    node: Option<Arc<NodeRecord>>,
 }
 
 impl Cluster {
     /// Places instances while this server leads, until `stop`.
-    pub async fn run_placer(&self, mut leading: watch::Receiver<Option<Leadership>>, stop: CancellationToken) {
+    pub async fn run_placer(
+        &self,
+        mut leading: watch::Receiver<Option<Leadership>>,
+        stop: CancellationToken,
+    ) {
         loop {
             let Some(leadership) = leading.borrow_and_update().clone() else {
                 tokio::select! {
@@ -71,7 +80,10 @@ impl Cluster {
             let ((), mut changes) = self.cache.subscribe(|_| ());
             let mut delay = SLOW_TIMER;
             if let Err(error) = self.place_all(leadership, &mut rng).await {
-                warn!(error = hv_telemetry::error_chain(error.service()), "placement failed; it is tried again");
+                warn!(
+                    error = hv_telemetry::error_chain(error.service()),
+                    "placement failed; it is tried again"
+                );
                 delay = RETRY_PAUSE;
             }
             let helped = async {
@@ -94,6 +106,7 @@ impl Cluster {
         self.cache.wait_for(leadership.since).await?;
         self.sync().await?;
         let mut after = None;
+        let mut overtaken = 0;
         loop {
             let decisions = self.cache.read(|state| self.decide(state, after.as_ref(), rng));
             let Some(last) = decisions.last() else { return Ok(()) };
@@ -101,7 +114,12 @@ impl Cluster {
             let changed: Vec<_> = decisions.into_iter().filter(|d| *d.before != d.after).collect();
             if self.commit(leadership, &changed).await? {
                 after = next;
+                overtaken = 0;
             } else {
+                overtaken += 1;
+                if overtaken == OVERTAKEN_LIMIT {
+                    return Err(Error::conflict("what waits for a node"));
+                }
                 // A user was faster with one of them, or another server leads: look again.
                 self.sync().await?;
             }
@@ -112,7 +130,7 @@ impl Cluster {
     fn decide(&self, state: &State, after: Option<&hv_types::InstanceId>, rng: &mut StdRng) -> Vec<Decision> {
         let waiting: Vec<_> = state
             .unbound()
-            .filter(|record| record.wanted == Wanted::Running)
+            .filter(|record| waits(record))
             .filter(|record| after.is_none_or(|after| record.id > *after))
             .take(BATCH)
             .cloned()
@@ -120,7 +138,8 @@ impl Cluster {
         if waiting.is_empty() {
             return Vec::new();
         }
-        let mut candidates: Vec<_> = state.nodes().map(|(record, entry)| candidate(record, entry)).collect();
+        let nodes: Vec<_> = state.nodes().collect();
+        let mut candidates: Vec<_> = nodes.iter().map(|(record, entry)| candidate(record, entry)).collect();
         let mut decisions = Vec::with_capacity(waiting.len());
         for before in waiting {
             let decision = match place(&candidates, &before, self.config.strategy, rng) {
@@ -128,7 +147,7 @@ impl Cluster {
                     let chosen = &mut candidates[index];
                     chosen.allocated = chosen.allocated.plus(before.resources());
                     let after = bound(&before, chosen);
-                    Decision { node: Some(chosen.hostname.clone()), after, before }
+                    Decision { node: Some(nodes[index].0.clone()), after, before }
                 }
                 Err(rejections) => {
                     let mut after = InstanceRecord::clone(&before);
@@ -143,15 +162,36 @@ impl Cluster {
 
     /// Commits decisions; false if one of the records changed in between or this server does not lead any more.
     async fn commit(&self, leadership: &Leadership, decisions: &[Decision]) -> Result<bool> {
-        if decisions.is_empty() {
-            return Ok(true);
+        let mut rest = decisions;
+        while !rest.is_empty() {
+            let mut txn = Txn { compares: vec![leadership.guard()], ..Txn::default() };
+            let mut bytes = 0;
+            let mut nodes = HashMap::new();
+            let mut count = 0;
+            for decision in rest {
+                let (compare, op) = self.replace_instance(&decision.before, &decision.after);
+                bytes += op_bytes(&op);
+                if count > 0 && bytes > TXN_BYTES {
+                    break;
+                }
+                count += 1;
+                txn.compares.push(compare);
+                txn.then.push(op);
+                nodes.extend(decision.node.as_ref().map(|node| (&node.id, node.revision)));
+            }
+            let seen =
+                nodes.into_iter().map(|(id, revision)| Compare::ModRevision(self.keys.node(id), revision));
+            txn.compares.extend(seen);
+            let (these, others) = rest.split_at(count);
+            if !self.commit_together(txn, these).await? {
+                return Ok(false);
+            }
+            rest = others;
         }
-        let mut txn = Txn { compares: vec![leadership.guard()], ..Txn::default() };
-        for decision in decisions {
-            let (compare, op): (Compare, Op) = self.replace_instance(&decision.before, &decision.after);
-            txn.compares.push(compare);
-            txn.then.push(op);
-        }
+        Ok(true)
+    }
+
+    async fn commit_together(&self, txn: Txn, decisions: &[Decision]) -> Result<bool> {
         crash::reach(Point::ServerScheduleBeforeBind);
         let TxnOutcome::Committed(revision) = self.store.txn(txn).await? else {
             debug!("a placement was overtaken by another change");
@@ -164,7 +204,8 @@ impl Cluster {
             match &decision.node {
                 Some(node) => {
                     metrics::counter!("hypervisor_placements_total").increment(1);
-                    self.events.record(about, "Scheduled", format!("bound to node {node}"), "scheduler");
+                    let message = format!("bound to node {}", node.hostname);
+                    self.events.record(about, "Scheduled", message, "scheduler");
                 }
                 None => {
                     let why = decision.after.state_reason.clone();
@@ -176,16 +217,22 @@ impl Cluster {
     }
 }
 
+/// Whether an instance is to be placed. One that is to stand still is started on its node first.
+fn waits(record: &InstanceRecord) -> bool {
+    record.binding.is_none() && matches!(record.wanted, Wanted::Running | Wanted::Paused)
+}
+
 /// Whether a change may let something be placed that could not be.
 fn could_help(delta: &Delta) -> bool {
     match delta {
         Delta::Instance { before, after, .. } => {
-            let waits = |r: &Arc<InstanceRecord>| r.binding.is_none() && r.wanted == Wanted::Running;
             let freed = before.as_ref().is_some_and(|before| {
                 before.binding.is_some() && after.as_ref().is_none_or(|after| after.binding != before.binding)
             });
-            let asks = after.as_ref().is_some_and(waits)
-                && before.as_ref().is_none_or(|b| !waits(b) || b.generation != after.as_ref().map_or(0, |a| a.generation));
+            let asks = after.as_ref().is_some_and(|after| waits(after))
+                && before
+                    .as_ref()
+                    .is_none_or(|b| !waits(b) || b.generation != after.as_ref().map_or(0, |a| a.generation));
             freed || asks
         }
         Delta::Node { .. } => true,
@@ -203,10 +250,12 @@ fn bound(before: &InstanceRecord, node: &Candidate) -> InstanceRecord {
     }
 }
 
-fn candidate(record: &hv_types::NodeRecord, entry: &NodeEntry) -> Candidate {
+fn candidate(record: &NodeRecord, entry: &NodeEntry) -> Candidate {
     let types: Vec<_> = InstanceType::ALL.into_iter().filter(|t| record.runs(*t)).collect();
-    let any = types.iter().filter(|t| record.drivers.iter().any(|d| d.instance_type == **t && !d.images_are_local));
-    let local: HashSet<_> = record.images.iter().map(|image| (image.instance_type, image.name.clone())).collect();
+    let any =
+        types.iter().filter(|t| record.drivers.iter().any(|d| d.instance_type == **t && !d.images_are_local));
+    let local: HashSet<_> =
+        record.images.iter().map(|image| (image.instance_type, image.name.clone())).collect();
     Candidate {
         id: record.id.clone(),
         hostname: record.hostname.clone(),

@@ -6,10 +6,11 @@
 //!   it there. Doubt is answered with [`Verdict::Retry`]: destroying too little can be mended, too much cannot.
 
 use hv_proto::{convert, v1};
-use hv_store::{Compare, Op, Txn, TxnOutcome};
+use hv_store::{Compare, Op, StoreError, Txn, TxnOutcome};
 use hv_telemetry::crash::{self, Point};
 use hv_types::{
-    ClusterId, Epoch, InstanceId, InstanceRecord, InstanceState, Invalid, NodeId, ServiceError, Wanted, validate,
+    ClusterId, Epoch, InstanceId, InstanceRecord, InstanceState, Invalid, NodeId, ServiceError, Wanted,
+    validate,
 };
 use tracing::warn;
 
@@ -51,7 +52,8 @@ impl TryFrom<v1::InstanceReport> for Report {
 
     fn try_from(report: v1::InstanceReport) -> std::result::Result<Self, Invalid> {
         validate::text("reports.ip_address", &report.ip_address, 64)?;
-        let mut reason = report.state_reason;
+        // It may quote what a guest or a runtime printed, and is shown on terminals.
+        let mut reason = report.state_reason.replace(|c: char| c.is_control() && c != '\n' && c != '\t', " ");
         reason.truncate(reason.floor_char_boundary(MAX_REASON_BYTES));
         Ok(Self {
             id: report.instance_id.parse()?,
@@ -89,9 +91,17 @@ impl Cluster {
     ///
     /// # Errors
     /// The node belongs to another cluster, sends too much at once, or the store does not answer.
-    pub async fn report(&self, claims: &ClusterId, node: &NodeId, reports: &[Report]) -> Result<Vec<Verdict>> {
+    pub async fn report(
+        &self,
+        claims: &ClusterId,
+        node: &NodeId,
+        reports: &[Report],
+    ) -> Result<Vec<Verdict>> {
         if claims != self.id() {
-            return Err(Error::precondition(format!("the node belongs to cluster {claims}, this is {}", self.id())));
+            return Err(Error::precondition(format!(
+                "the node belongs to cluster {claims}, this is {}",
+                self.id()
+            )));
         }
         if reports.len() > MAX_REPORTS {
             let expected = format!("must have at most {MAX_REPORTS} entries");
@@ -140,7 +150,12 @@ impl Cluster {
             return Ok(Some(verdicts));
         }
         crash::reach(if removes { Point::ServerRemoveBeforeTxn } else { Point::ServerReportBeforeTxn });
-        let TxnOutcome::Committed(revision) = self.store.txn(txn).await? else {
+        let outcome = match self.store.txn(txn).await {
+            // Together they are too large for the store; alone they are not.
+            Err(StoreError::InvalidRequest(_)) if reports.len() > 1 => return Ok(None),
+            outcome => outcome?,
+        };
+        let TxnOutcome::Committed(revision) = outcome else {
             self.sync().await?;
             return Ok(None);
         };
@@ -161,8 +176,10 @@ impl Cluster {
         changes: &mut Vec<(std::sync::Arc<InstanceRecord>, Option<Box<InstanceRecord>>)>,
         removes: &mut bool,
     ) -> (Verdict, Option<(Vec<Compare>, Vec<Op>)>) {
-        let Some(record) = state.instance(&report.id) else {
-            return (Verdict::Release, None);
+        let record = match (&effect, state.instance(&report.id)) {
+            (Effect::Nothing(verdict), _) => return (*verdict, None),
+            (Effect::Update(_) | Effect::Remove, None) => return (Verdict::Retry, None),
+            (Effect::Update(_) | Effect::Remove, Some(record)) => record,
         };
         match effect {
             Effect::Nothing(verdict) => (verdict, None),
@@ -191,10 +208,14 @@ impl Cluster {
         }
         match after.state {
             InstanceState::Running => self.events.record(about, "Running", "runs", &source),
-            InstanceState::Stopped => self.events.record(about, "Stopped", after.state_reason.clone(), &source),
+            InstanceState::Stopped => {
+                self.events.record(about, "Stopped", after.state_reason.clone(), &source);
+            }
             InstanceState::Paused => self.events.record(about, "Paused", "stands still in memory", &source),
             InstanceState::Failed => self.events.warn(about, "Failed", after.state_reason.clone(), &source),
-            InstanceState::Pending => self.events.record(about, "Released", after.state_reason.clone(), &source),
+            InstanceState::Pending => {
+                self.events.record(about, "Released", after.state_reason.clone(), &source);
+            }
             InstanceState::Creating
             | InstanceState::Starting
             | InstanceState::Stopping
@@ -206,6 +227,10 @@ impl Cluster {
 
 /// What a report of `node` does.
 fn judge(state: &State, node: &NodeId, report: &Report) -> Effect {
+    if state.is_unreadable(&report.id) {
+        // Written by a newer server, say. What cannot be read is no reason to destroy anything.
+        return Effect::Nothing(Verdict::Retry);
+    }
     let Some(record) = state.instance(&report.id) else {
         return Effect::Nothing(Verdict::Release);
     };
@@ -215,7 +240,9 @@ fn judge(state: &State, node: &NodeId, report: &Report) -> Effect {
             "a node reports an epoch that the store never gave; was the store restored from a backup?");
         return Effect::Nothing(Verdict::Retry);
     }
-    let Some(binding) = record.binding.as_ref().filter(|b| b.node_id == *node && record.epoch == report.epoch) else {
+    let Some(binding) =
+        record.binding.as_ref().filter(|b| b.node_id == *node && record.epoch == report.epoch)
+    else {
         return Effect::Nothing(Verdict::Release);
     };
     if report.gone {
@@ -227,9 +254,11 @@ fn judge(state: &State, node: &NodeId, report: &Report) -> Effect {
     }
     let mut after = InstanceRecord::clone(record);
     let leaving = record.wanted == Wanted::Deleted || binding.release;
-    after.state = if leaving && report.state != InstanceState::Failed { InstanceState::Deleting } else { report.state };
+    after.state =
+        if leaving && report.state != InstanceState::Failed { InstanceState::Deleting } else { report.state };
     after.state_reason.clone_from(&report.reason);
-    after.observed_generation = record.observed_generation.max(report.observed_generation.min(record.generation));
+    after.observed_generation =
+        record.observed_generation.max(report.observed_generation.min(record.generation));
     after.ip_address.clone_from(&report.ip_address);
     after.started_at = report.started_at.or(record.started_at);
     if !leaving && report.observed_generation < record.generation && report.state.is_settled() {
@@ -251,10 +280,13 @@ fn unbound(record: &InstanceRecord, node: &NodeId) -> InstanceRecord {
             (InstanceState::Pending, format!("moved off node {node}; waits for another"))
         }
     };
+    // Without a node there is nobody left who could finish with a stop that was asked for.
+    let stopped = record.wanted == Wanted::Stopped;
     InstanceRecord {
         binding: None,
         state,
         state_reason: reason,
+        observed_generation: if stopped { record.generation } else { record.observed_generation },
         ip_address: String::new(),
         started_at: None,
         ..record.clone()

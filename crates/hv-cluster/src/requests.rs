@@ -12,8 +12,8 @@ use hv_store::{Compare, KeyValue, Op, StoreError, StoreExt, Txn, TxnOutcome};
 use hv_types::{RequestKey, Revision};
 use prost::Message;
 
-use crate::error::{Error, Result};
 use crate::Cluster;
+use crate::error::{Error, Result};
 
 /// How often a mutation is computed afresh before the caller is told of the conflict.
 const ATTEMPTS: usize = 16;
@@ -37,7 +37,8 @@ impl Mutation {
     }
 }
 
-/// A change with its conditions, and what to answer once it is made.
+/// A change with its conditions, and what to answer once it is made. The answer to a change is recorded before its
+/// revision is known: revision 0 in it stands for that of the change ([`Done::revision`]).
 pub(crate) struct Plan<M> {
     pub(crate) compares: Vec<Compare>,
     pub(crate) then: Vec<Op>,
@@ -56,9 +57,9 @@ impl<M> Plan<M> {
 pub struct Done<M> {
     /// What was answered, now or the first time.
     pub reply: M,
-    /// When the change was made.
+    /// When the change was made; the same for every repetition.
     pub revision: Revision,
-    /// Whether this call made it.
+    /// Whether this call changed something.
     pub fresh: bool,
 }
 
@@ -71,28 +72,31 @@ impl Cluster {
         M: Message + Default + Clone,
         F: FnMut() -> Result<Plan<M>>,
     {
-        if let Some(key) = &mutation.key
-            && let Some(kv) = self.store.get(self.keys.request(key)).await?
-        {
-            return repeat(mutation, &kv);
+        if let Some(done) = self.recorded(mutation).await? {
+            return Ok(done);
         }
         self.sync().await?;
         for _ in 0..ATTEMPTS {
-            let planned = plan()?;
+            let planned = match plan() {
+                Ok(planned) => planned,
+                // What stands in the way may be what this very request has done since it was looked up above.
+                Err(error) => return self.recorded(mutation).await?.ok_or(error),
+            };
+            let changes = !planned.then.is_empty();
             let txn = self.transaction(mutation, &planned).await?;
             if txn.then.is_empty() {
                 return Ok(Done { reply: planned.reply, revision: self.cache.revision(), fresh: false });
             }
             let outcome = match self.store.txn(txn).await {
-                Err(StoreError::LeaseNotFound(_)) => {
-                    self.request_leases.forget().await;
+                Err(StoreError::LeaseNotFound(lease)) => {
+                    self.request_leases.forget(lease).await;
                     continue;
                 }
                 outcome => outcome?,
             };
             match outcome {
                 TxnOutcome::Committed(revision) => {
-                    return Ok(Done { reply: planned.reply, revision, fresh: true });
+                    return Ok(Done { reply: planned.reply, revision, fresh: changes });
                 }
                 TxnOutcome::Refused(found) => {
                     if let Some(kv) = found.into_iter().flatten().next() {
@@ -104,6 +108,13 @@ impl Cluster {
             self.sync().await?;
         }
         Err(Error::conflict(what))
+    }
+
+    /// The answer that was recorded for the request key, if it has one.
+    async fn recorded<M: Message + Default>(&self, mutation: &Mutation) -> Result<Option<Done<M>>> {
+        let Some(key) = &mutation.key else { return Ok(None) };
+        let kv = self.store.get(self.keys.request(key)).await?;
+        kv.map(|kv| repeat(mutation, &kv)).transpose()
     }
 
     async fn transaction<M: Message>(&self, mutation: &Mutation, plan: &Plan<M>) -> Result<Txn> {
@@ -133,7 +144,8 @@ fn repeat<M: Message + Default>(mutation: &Mutation, kv: &KeyValue) -> Result<Do
             "this request key was used for another request in the last 24 hours; use a new key for a new request",
         ));
     }
-    let reply = M::decode(record.reply)
-        .map_err(|cause| hv_types::ServiceError::internal("the recorded answer cannot be read").caused_by(cause))?;
+    let reply = M::decode(record.reply).map_err(|cause| {
+        hv_types::ServiceError::internal("the recorded answer cannot be read").caused_by(cause)
+    })?;
     Ok(Done { reply, revision: kv.mod_revision, fresh: false })
 }

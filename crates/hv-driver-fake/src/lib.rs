@@ -8,10 +8,10 @@
 mod guest;
 mod options;
 mod record;
+mod shared;
 
-use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
@@ -20,7 +20,7 @@ use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use hv_driver::{
     Capability, Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Exit, Fingerprint,
-    Handle, InstanceConfig, LogRequest, Observed, Result, Running, Stats, StopMode,
+    Handle, InstanceConfig, LogRequest, Observed, Result, Stats, StopMode,
 };
 use hv_types::{ImageInfo, InstanceId, InstanceType};
 use parking_lot::Mutex;
@@ -30,6 +30,7 @@ pub use options::{ALWAYS, ANNOTATION_PREFIX, FakeOptions, Operation, Script, Ste
 pub use record::{LedgerEntry, LedgerEvent, Phase, Record, read_ledger, read_record};
 
 use record::{Files, now_ms};
+use shared::Shared;
 
 /// The driver's name.
 pub const NAME: &str = "fake";
@@ -43,16 +44,6 @@ const CONSOLE_QUEUE: usize = 256;
 /// The fake.
 pub struct FakeDriver {
     shared: Arc<Shared>,
-}
-
-struct Shared {
-    options: FakeOptions,
-    files: Files,
-    script: Mutex<Script>,
-    /// Held over every change of files; the map has those instances that are watched in this process.
-    live: Mutex<HashMap<InstanceId, broadcast::Sender<Bytes>>>,
-    events: broadcast::Sender<DriverEvent>,
-    draws: AtomicU64,
 }
 
 impl FakeDriver {
@@ -91,170 +82,6 @@ impl FakeDriver {
     }
 }
 
-type Live = HashMap<InstanceId, broadcast::Sender<Bytes>>;
-
-impl Shared {
-    fn load(&self, id: &InstanceId, operation: &'static str) -> Result<Option<Record>> {
-        self.files.load(id).map_err(|e| DriverError::failed(id, operation, e))
-    }
-
-    fn save(&self, record: &Record, operation: &'static str) -> Result<()> {
-        self.files.save(record).map_err(|e| DriverError::failed(&record.config.id, operation, e))
-    }
-
-    /// The record of an instance that must be there, ended if its time has come.
-    fn settled(&self, live: &mut Live, id: &InstanceId, operation: &'static str) -> Result<Record> {
-        let mut record = self.load(id, operation)?.ok_or_else(|| DriverError::NotFound(id.clone()))?;
-        if let Phase::Running { exit_at_ms: Some(at), exit_code, .. } = record.phase
-            && now_ms() >= at
-        {
-            let exit = match exit_code {
-                0 => Exit::Finished,
-                code => Exit::Failed(format!("exit code {code}")),
-            };
-            self.ended(live, &mut record, exit)?;
-            self.tell(id, "the guest ended by itself");
-        }
-        Ok(record)
-    }
-
-    fn ended(&self, live: &mut Live, record: &mut Record, exit: Exit) -> Result<()> {
-        record.phase = Phase::Stopped(exit);
-        self.save(record, "stop")?;
-        self.note(&record.config.id, LedgerEvent::Ended, "stop")?;
-        live.remove(&record.config.id);
-        Ok(())
-    }
-
-    fn note(&self, id: &InstanceId, what: LedgerEvent, operation: &'static str) -> Result<()> {
-        self.files.note(id, what).map_err(|e| DriverError::failed(id, operation, e))
-    }
-
-    fn tell(&self, id: &InstanceId, what: &str) {
-        // Nobody listening is no error.
-        let _ = self.events.send(DriverEvent { id: id.clone(), what: what.to_owned() });
-    }
-
-    fn print(&self, live: &mut Live, id: &InstanceId, text: &[u8]) -> std::io::Result<()> {
-        self.files.print(id, text)?;
-        if let Some(viewers) = live.get(id) {
-            let _ = viewers.send(Bytes::copy_from_slice(text));
-        }
-        Ok(())
-    }
-
-    fn require(&self, capability: Capability, operation: &'static str) -> Result<()> {
-        if self.options.capabilities.contains(&capability) {
-            return Ok(());
-        }
-        let reason = format!("`{}` is not among its configured capabilities", capability.name());
-        Err(DriverError::Unsupported { driver: NAME, operation, reason })
-    }
-
-    fn handle(record: &Record) -> Handle {
-        let data = serde_json::json!({ "starts": record.starts });
-        Handle { driver: NAME.to_owned(), version: HANDLE_VERSION, data }
-    }
-
-    /// Waits and fails as the script says. `Ok(true)`: do it, then report a failure all the same.
-    async fn gate(&self, id: &InstanceId, operation: Operation) -> Result<bool> {
-        let (step, attempt) = {
-            let _live = self.live.lock();
-            let name = operation.name();
-            let mut record = self.load(id, name)?.ok_or_else(|| DriverError::NotFound(id.clone()))?;
-            let mut script = self.script_of(&record.config)?;
-            let step = std::mem::take(script.step_mut(operation));
-            let attempt = record.attempts.get(&operation).copied().unwrap_or(0);
-            if step.counts() {
-                record.attempts.insert(operation, attempt.saturating_add(1));
-                self.save(&record, name)?;
-            }
-            (step, attempt)
-        };
-        if attempt < step.hang {
-            std::future::pending::<()>().await;
-        }
-        tokio::time::sleep(step.delay).await;
-        if step.fail_permanently {
-            return Err(DriverError::invalid(id, format!("{} fails as scripted", operation.name())));
-        }
-        if attempt < step.fail || self.draw() < step.fail_probability {
-            return Err(DriverError::failed(id, operation.name(), "scripted failure"));
-        }
-        Ok(attempt < step.fail_late)
-    }
-
-    fn script_of(&self, config: &InstanceConfig) -> Result<Script> {
-        let script = self.script.lock().clone();
-        script.with_annotations(&config.metadata).map_err(|reason| DriverError::invalid(&config.id, reason))
-    }
-
-    /// The next number of a sequence that the seed determines, from 0 to below 1 (splitmix64).
-    fn draw(&self) -> f64 {
-        let mut z = self
-            .draws
-            .fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed)
-            .wrapping_add(0x9e37_79b9_7f4a_7c15);
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
-        (z >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    fn observed(record: &Record) -> Observed {
-        let running = |since_ms: u64| Running {
-            since: Some(UNIX_EPOCH + Duration::from_millis(since_ms)),
-            ip: Some(std::net::IpAddr::from([192, 0, 2, 15])),
-        };
-        match &record.phase {
-            Phase::Creating => Observed::Stopped(Exit::NeverStarted),
-            Phase::Stopped(exit) => Observed::Stopped(exit.clone()),
-            Phase::Running { since_ms, .. } => Observed::Running(running(*since_ms)),
-            Phase::Paused { since_ms } => Observed::Paused(running(*since_ms)),
-        }
-    }
-
-    /// Looks again when the guest is to end, so that the end is told without being asked for.
-    fn watch_end(self: &Arc<Self>, record: &Record) {
-        let Phase::Running { exit_at_ms: Some(at), .. } = record.phase else { return };
-        let shared = Arc::downgrade(self);
-        let id = record.config.id.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(Duration::from_millis(at.saturating_sub(now_ms()))).await;
-            if let Some(shared) = shared.upgrade() {
-                let mut live = shared.live.lock();
-                // What cannot be read now is told to whoever asks next.
-                let _ = shared.settled(&mut live, &id, "observe");
-            }
-        });
-    }
-
-    fn check(&self, config: &InstanceConfig) -> Result<()> {
-        let image = &config.spec.image;
-        let direct = image.is_empty() && !config.spec.kernel.is_empty();
-        if !direct && !self.options.images.contains(image) {
-            let images = self.options.images.join(", ");
-            let reason = format!("spec.image: there is no image `{image}` on this node; there are: {images}");
-            return Err(DriverError::invalid(&config.id, reason));
-        }
-        self.script_of(config).map(drop)
-    }
-
-    fn started(&self, live: &mut Live, record: &mut Record, script: &Script) -> Result<()> {
-        let id = record.config.id.clone();
-        let now = now_ms();
-        let exit_at_ms =
-            script.exit_after.map(|after| now + u64::try_from(after.as_millis()).unwrap_or(u64::MAX / 2));
-        record.phase = Phase::Running { since_ms: now, exit_at_ms, exit_code: script.exit_code };
-        record.starts += 1;
-        // The ledger first: a start that was recorded twice would be found, one that was not recorded would not.
-        self.note(&id, LedgerEvent::Started, "start")?;
-        self.save(record, "start")?;
-        let greeting = format!("fake-guest: hello from {}\r\n", record.config.name);
-        self.print(live, &id, greeting.as_bytes()).map_err(|e| DriverError::failed(&id, "start", e))
-    }
-}
-
 fn late(id: &InstanceId, operation: Operation, is_late: bool) -> Result<()> {
     if is_late {
         return Err(DriverError::failed(id, operation.name(), "scripted: done, and reported as failed"));
@@ -284,7 +111,7 @@ impl Driver for FakeDriver {
         let options = &self.shared.options;
         let message = match options.healthy {
             true => "runs nothing: for tests only",
-            false => "configured to be unhealthy; set drivers.fake.healthy to true",
+            false => "told to be unhealthy; set its option `healthy` to true",
         };
         Fingerprint {
             healthy: options.healthy,
@@ -455,7 +282,7 @@ impl Driver for FakeDriver {
         self.shared.files.list().map_err(|e| DriverError::Unavailable {
             driver: NAME,
             reason: format!(
-                "cannot read {}: {e}; check drivers.fake.state_dir",
+                "cannot read {}: {e}; check the agent's state directory",
                 self.shared.files.dir.display()
             ),
         })

@@ -257,7 +257,10 @@ impl Driver for QemuDriver {
     async fn list(&self) -> Result<Vec<InstanceId>> {
         self.state.list().map_err(|e| DriverError::Unavailable {
             driver: NAME,
-            reason: format!("{} cannot be read: {e}; check drivers.qemu.state_dir", self.state.0.display()),
+            reason: format!(
+                "{} cannot be read: {e}; check the agent's state directory and its permissions",
+                self.state.0.display()
+            ),
         })
     }
 
@@ -346,6 +349,6 @@ fn writable(state: &StateDir) -> std::result::Result<(), String> {
     };
     check().map_err(|problem| {
         let cause = std::error::Error::source(&problem).map(ToString::to_string).unwrap_or_default();
-        format!("{problem}: {cause}; correct drivers.qemu.state_dir or its permissions")
+        format!("{problem}: {cause}; correct the agent's state directory or its permissions")
     })
 }

@@ -19,7 +19,7 @@ pub struct QemuOptions {
     pub qemu_img: Option<PathBuf>,
     /// How guests are accelerated.
     pub accel: Accel,
-    /// The machine type.
+    /// The machine type, with options as QEMU's `-machine` takes them.
     pub machine: String,
 }
 

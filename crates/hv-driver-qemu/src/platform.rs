@@ -73,7 +73,7 @@ impl Platform {
         };
         let binary = binary.ok_or_else(|| match &options.qemu_binary {
             Some(path) => format!(
-                "there is no {}; correct qemu_binary, or apt-get install qemu-system-x86",
+                "there is no {}; correct drivers.qemu.binary, or apt-get install qemu-system-x86",
                 path.display()
             ),
             None => "qemu is not installed; apt-get install qemu-system-x86 qemu-utils".to_owned(),
@@ -116,7 +116,9 @@ async fn accelerator(wanted: Accel, binary: &Path) -> Result<(Accelerator, Strin
     };
     match (wanted, probed) {
         (_, Ok(())) => Ok((Accelerator::Kvm, "KVM".to_owned())),
-        (Accel::Kvm, Err(reason)) => Err(format!("no usable KVM: {reason}; set accel to auto to emulate")),
+        (Accel::Kvm, Err(reason)) => {
+            Err(format!("no usable KVM: {reason}; set drivers.qemu.accel to auto to emulate"))
+        }
         (Accel::Auto | Accel::Tcg, Err(reason)) => {
             tracing::warn!(%reason, "no usable KVM: guests are emulated and run slowly");
             Ok((Accelerator::Tcg, format!("no usable KVM: emulating; {reason}")))

@@ -19,7 +19,7 @@ pub(crate) fn volume(config: &InstanceConfig) -> io::Result<Vec<u8>> {
         .fat_type(FatType::Fat12)
         .volume_id(0x4876_5365)
         .volume_label(*b"CIDATA     ");
-    format_volume(&mut Cursor::new(&mut bytes), options)?;
+    format_volume(Cursor::new(&mut bytes), options)?;
     let volume = FileSystem::new(Cursor::new(&mut bytes), FsOptions::new())?;
     let root = volume.root_dir();
     root.create_file("meta-data")?.write_all(meta_data(config).as_bytes())?;
@@ -29,10 +29,11 @@ pub(crate) fn volume(config: &InstanceConfig) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// JSON is YAML, and quotes whatever a name contains.
+/// One key a line, for readers simpler than cloud-init. A JSON string is a YAML string, and quotes whatever a name
+/// contains.
 fn meta_data(config: &InstanceConfig) -> String {
-    let document = serde_json::json!({ "instance-id": config.id.as_str(), "local-hostname": config.name });
-    format!("{document}\n")
+    let quoted = |text: &str| serde_json::Value::from(text).to_string();
+    format!("instance-id: {}\nlocal-hostname: {}\n", quoted(config.id.as_str()), quoted(&config.name))
 }
 
 #[cfg(test)]
@@ -59,9 +60,7 @@ mod tests {
                 text
             };
             assert_eq!(read("user-data"), user_data);
-            let meta: serde_json::Value = serde_json::from_str(&read("meta-data")).unwrap();
-            assert_eq!(meta["instance-id"], "seeded");
-            assert_eq!(meta["local-hostname"], "a\"b, c");
+            assert_eq!(read("meta-data"), "instance-id: \"seeded\"\nlocal-hostname: \"a\\\"b, c\"\n");
         }
     }
 }

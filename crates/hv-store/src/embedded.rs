@@ -87,8 +87,8 @@ pub struct EmbeddedOptions {
 impl Default for EmbeddedOptions {
     fn default() -> Self {
         Self {
-            cache_bytes: 16 << 20,
-            recent_bytes: 4 << 20,
+            cache_bytes: 8 << 20,
+            recent_bytes: 2 << 20,
             auto_compact_revisions: 100_000,
             min_free_bytes: 16 << 20,
             verify_on_open: true,

@@ -132,16 +132,16 @@ impl Keys {
         else {
             return Key::Other;
         };
-        let kinds: [(&str, fn(&'a str) -> Key<'a>); 4] = [
-            ("nodes/", Key::Node),
-            ("instances/", Key::Instance),
-            ("leases/nodes/", Key::NodeLease),
-            ("events/", Key::Event),
-        ];
-        kinds
-            .into_iter()
-            .find_map(|(kind, make)| path.strip_prefix(kind).filter(|id| !id.is_empty()).map(make))
-            .unwrap_or(Key::Other)
+        let Some((kind, id)) = path.rsplit_once('/').filter(|(_, id)| !id.is_empty()) else {
+            return Key::Other;
+        };
+        match kind {
+            "nodes" => Key::Node(id),
+            "instances" => Key::Instance(id),
+            "leases/nodes" => Key::NodeLease(id),
+            "events" => Key::Event(id),
+            _ => Key::Other,
+        }
     }
 }
 

@@ -12,7 +12,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hv_client::ComputeClient;
-use hv_testkit::{AgentOptions, Ask, Cluster, ClusterOptions, Program, create_request, image_dir, qemu_processes, until, until_gone};
+use hv_testkit::{
+    AgentOptions, Ask, Cluster, ClusterOptions, Program, create_request, image_dir, qemu_processes, until,
+    until_gone,
+};
 use serde_json::json;
 
 /// What the guest image prints when it is up.
@@ -55,7 +58,13 @@ async fn main() -> Result<()> {
     println!("load average: {}", load.trim());
     row("measure", "system", "bare QEMU", "ratio", "bar");
     let ratio = system_ms / bare_ms;
-    row("create to guest", &format!("{system_ms:.0} ms"), &format!("{bare_ms:.0} ms"), &format!("{ratio:.3}"), "1.10");
+    row(
+        "create to guest",
+        &format!("{system_ms:.0} ms"),
+        &format!("{bare_ms:.0} ms"),
+        &format!("{ratio:.3}"),
+        "1.10",
+    );
     row("server, idle", &format!("{:.1} MiB", server_kib / 1024.0), "", "", "40 MiB");
     row("agent, idle", &format!("{:.1} MiB", agent_kib / 1024.0), "", "", "25 MiB");
     row("hypervisor-ctl version", &format!("{:.1} ms", median(&version_ms)), "", "", "10 ms");

@@ -95,9 +95,11 @@ impl Cluster {
     /// # Errors
     /// It does not come up.
     pub async fn start_server(&mut self, env: &[(&str, String)]) -> Result<()> {
-        let (grpc, http) = self.addresses.clone().unwrap_or_else(|| ("127.0.0.1:0".into(), "127.0.0.1:0".into()));
+        let (grpc, http) =
+            self.addresses.clone().unwrap_or_else(|| ("127.0.0.1:0".into(), "127.0.0.1:0".into()));
         let timeout = self.options.heartbeat_timeout;
-        let mut args = words(&["--dev", "--log-level", "info", "--grpc-address", &grpc, "--http-address", &http]);
+        let mut args =
+            words(&["--dev", "--log-level", "info", "--grpc-address", &grpc, "--http-address", &http]);
         args.extend(words(&["--heartbeat-timeout", &milliseconds(timeout)]));
         args.extend(words(&["--heartbeat-interval", &milliseconds(timeout / HEARTBEATS_PER_TIMEOUT)]));
         args.extend(["--data-dir".into(), self.dir().join("server").into()]);
@@ -138,7 +140,8 @@ impl Cluster {
     pub async fn start_agent(&mut self, index: usize, env: &[(&str, String)]) -> Result<()> {
         let options = self.agents[index].options.clone();
         let state_dir = self.agent_dir(index);
-        let mut args = words(&["--server-addr", &self.grpc_address()?, "--node-id", &format!("node-{index}")]);
+        let mut args =
+            words(&["--server-addr", &self.grpc_address()?, "--node-id", &format!("node-{index}")]);
         args.extend(words(&["--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"]));
         args.extend(words(&["--log-level", "info", "--drivers", &options.drivers.join(",")]));
         args.extend(["--state-dir".into(), state_dir.clone().into()]);
@@ -245,7 +248,9 @@ impl Cluster {
     /// It fails; the message has its standard error.
     pub async fn ctl(&self, args: &[&str]) -> Result<String> {
         let mut command = tokio::process::Command::new(Program::Ctl.path()?);
-        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("HYPERVISOR_")) {
+        for (name, _) in
+            std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("HYPERVISOR_"))
+        {
             command.env_remove(name);
         }
         command.arg("--server").arg(self.grpc_address()?).args(args).kill_on_drop(true);

@@ -49,8 +49,12 @@ impl Ask {
                     client.start_instance(request).await.map(drop)
                 }
                 Self::Stop => {
-                    let request =
-                        v1::StopInstanceRequest { instance_id, request_key, force: false, timeout_seconds: 1 };
+                    let request = v1::StopInstanceRequest {
+                        instance_id,
+                        request_key,
+                        force: false,
+                        timeout_seconds: 1,
+                    };
                     client.stop_instance(request).await.map(drop)
                 }
                 Self::Delete => {
@@ -72,7 +76,11 @@ impl Ask {
 ///
 /// # Errors
 /// It settles in another state, or not at all.
-pub async fn until_settled(client: &ComputeClient, id: &str, state: v1::InstanceState) -> Result<v1::Instance> {
+pub async fn until_settled(
+    client: &ComputeClient,
+    id: &str,
+    state: v1::InstanceState,
+) -> Result<v1::Instance> {
     let mut seen = String::new();
     let settled = until(&format!("instance {id} to be {}", state.as_str_name()), async || {
         let request = v1::GetInstanceRequest { instance_id: id.to_owned() };

@@ -10,8 +10,8 @@ mod process;
 mod programs;
 
 pub use cluster::{AgentOptions, Cluster, ClusterOptions, StoreKind};
-pub use instances::{Ask, create_request, until_gone, until_settled};
 pub use hv_store::conformance::skip;
+pub use instances::{Ask, create_request, until_gone, until_settled};
 pub use probe::{DEADLINE, qemu_processes, until};
 pub use process::Process;
 pub use programs::{Program, image_dir};

@@ -51,7 +51,9 @@ fn profile_dir() -> Result<PathBuf> {
 /// The directory with the guest images, if they were made (`hack/setup.sh images`).
 #[must_use]
 pub fn image_dir() -> Option<PathBuf> {
-    let set = |name| std::env::var_os(name).map(PathBuf::from).filter(|path: &PathBuf| !path.as_os_str().is_empty());
+    let set = |name| {
+        std::env::var_os(name).map(PathBuf::from).filter(|path: &PathBuf| !path.as_os_str().is_empty())
+    };
     let cache = set("HYPERVISOR_CACHE").or_else(|| {
         let base = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")))?;
         Some(base.join("hypervisor"))

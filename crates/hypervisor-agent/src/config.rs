@@ -7,7 +7,7 @@ use hv_client::{ClientOptions, ClientTls, Peer};
 use hv_config::{ByteSize, HumanDuration, ListenAddress};
 use hv_driver_qemu::Accel;
 use hv_telemetry::{LogFormat, LogLevel};
-use hv_types::{InstanceType, NodeId, NodeRole};
+use hv_types::{InstanceType, NodeId, NodeRole, Resources};
 use serde::{Deserialize, Serialize};
 
 /// Where the agent keeps its journal and its instances, unless told otherwise.
@@ -67,8 +67,35 @@ pub struct Agent {
     pub supported_instance_types: Vec<InstanceType>,
     /// Where journal and instances are kept.
     pub state_dir: PathBuf,
+    /// What the node claims to have; unset: what the machine has. More cores than there are overcommit them.
+    pub capacity: Capacity,
     /// What instances may not use.
     pub reserved: Reserved,
+}
+
+/// What a node claims to have.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Capacity {
+    /// Cores.
+    pub cpu_cores: Option<u32>,
+    /// Memory.
+    pub memory: Option<ByteSize>,
+    /// Disk.
+    pub disk: Option<ByteSize>,
+}
+
+impl Capacity {
+    /// What is claimed, and where nothing is claimed what the machine has.
+    pub(crate) fn over(&self, machine: Resources) -> Resources {
+        let bytes = |claimed: Option<ByteSize>, has| claimed.map_or(has, |size| size.bytes());
+        Resources {
+            cpu_cores: self.cpu_cores.unwrap_or(machine.cpu_cores),
+            memory_bytes: bytes(self.memory, machine.memory_bytes),
+            disk_bytes: bytes(self.disk, machine.disk_bytes),
+            gpu_count: machine.gpu_count,
+        }
+    }
 }
 
 /// What is kept back for the node itself.
@@ -89,7 +116,7 @@ pub struct Heartbeat {
     pub interval: HumanDuration,
     /// How long a call to the server may take.
     pub timeout: HumanDuration,
-    /// First pause after a failed call; it doubles up to thirty times this.
+    /// First pause after a failed call; it doubles up to five times this.
     pub retry_interval: HumanDuration,
 }
 
@@ -215,6 +242,7 @@ impl Default for Agent {
             labels: BTreeMap::new(),
             supported_instance_types: Vec::new(),
             state_dir: DEFAULT_STATE_DIR.into(),
+            capacity: Capacity::default(),
             reserved: Reserved::default(),
         }
     }

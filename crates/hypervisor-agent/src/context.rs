@@ -82,7 +82,31 @@ impl DriverSet {
         self.drivers.iter().find(|driver| driver.name() == name).cloned()
     }
 
-    /// The driver for new instances of a type.
+    /// The driver for a new instance: of those that run its type the first that has its image, else the first.
+    pub(crate) async fn for_instance(
+        &self,
+        instance_type: InstanceType,
+        image: &str,
+        deadline: Duration,
+    ) -> Option<Arc<dyn Driver>> {
+        let first = self.for_type(instance_type)?;
+        let able: Vec<_> =
+            self.drivers.iter().filter(|driver| driver.instance_type() == instance_type).collect();
+        if able.len() > 1 {
+            for driver in able {
+                // One that does not answer has no image to offer.
+                let images = tokio::time::timeout(deadline, driver.images()).await;
+                if let Ok(Ok(images)) = images
+                    && images.iter().any(|known| known.name == image)
+                {
+                    return Some(Arc::clone(driver));
+                }
+            }
+        }
+        Some(first)
+    }
+
+    /// The first driver of a type.
     pub(crate) fn for_type(&self, instance_type: InstanceType) -> Option<Arc<dyn Driver>> {
         self.drivers.iter().find(|driver| driver.instance_type() == instance_type).cloned()
     }
@@ -121,5 +145,29 @@ impl Context {
             Ok(result) => result,
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hv_driver_fake::{FakeDriver, FakeOptions};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn of_two_drivers_the_one_that_has_the_image_is_taken() {
+        let fake = |image: &str| -> Arc<dyn Driver> {
+            Arc::new(FakeDriver::new(FakeOptions {
+                images: vec![image.to_owned()],
+                ..FakeOptions::default()
+            }))
+        };
+        let (first, second) = (fake("a"), fake("b"));
+        let drivers = DriverSet::new(vec![Arc::clone(&first), Arc::clone(&second)]);
+        for (image, expected) in [("a", &first), ("b", &second), ("c", &first)] {
+            let taken = drivers.for_instance(InstanceType::Vm, image, Duration::from_secs(1)).await.unwrap();
+            assert!(Arc::ptr_eq(&taken, expected), "{image}");
+        }
+        assert!(drivers.for_instance(InstanceType::Microvm, "a", Duration::from_secs(1)).await.is_none());
     }
 }

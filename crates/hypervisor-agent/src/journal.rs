@@ -36,6 +36,14 @@ pub enum JournalError {
         /// What the system said.
         source: io::Error,
     },
+    /// The state directory cannot be used.
+    #[error("cannot use the state directory {}; choose another with --state-dir, or make it writable", path.display())]
+    StateDir {
+        /// The directory.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// Another agent uses it.
     #[error("another agent uses the state directory {}; stop it, or give this one its own with --state-dir", path.display())]
     Locked {
@@ -98,7 +106,8 @@ impl Journal {
     pub(crate) fn open(state_dir: &Path) -> Result<Self, JournalError> {
         let dir = state_dir.join("journal");
         let instances = dir.join("instances");
-        fs::create_dir_all(&instances).map_err(io_error("make the directory", &instances))?;
+        let unusable = |source| JournalError::StateDir { path: state_dir.to_owned(), source };
+        make_private(&instances).map_err(unusable)?;
         let lock_path = state_dir.join("lock");
         let lock = File::options()
             .create(true)
@@ -227,6 +236,19 @@ pub(crate) fn write(dir: &Path, name: &str, text: &[u8]) -> Result<(), JournalEr
         sync_dir(dir)
     };
     save().map_err(io_error("write", &path))
+}
+
+/// Only for the agent's own user: specifications carry cloud-init documents, and these secrets.
+#[cfg(unix)]
+fn make_private(dir: &Path) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
+}
+
+/// As the parent directory has it.
+#[cfg(not(unix))]
+fn make_private(dir: &Path) -> io::Result<()> {
+    fs::create_dir_all(dir)
 }
 
 #[cfg(unix)]

@@ -59,7 +59,7 @@ pub use serve::{READY_FILE, ReadyFile};
 /// How long tasks may take to end after a shutdown began; what is then cut off goes on after the next start.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
 /// How many times its first value a pause between calls to the server can grow.
-const MOST_PAUSES: u32 = 30;
+const MOST_PAUSES: u32 = 5;
 /// How often observations of histograms are folded.
 const UPKEEP_EVERY: Duration = Duration::from_mins(1);
 
@@ -214,6 +214,7 @@ async fn open(
     let asked = config.agent.node_id.clone();
     let opened = tokio::task::spawn_blocking(move || {
         let journal = Journal::open(&dir)?;
+        serve::withdraw(&dir)?;
         let node = journal.node()?;
         let id = match (asked, node.node_id.clone()) {
             (Some(asked), Some(kept)) if asked != kept => {
@@ -276,7 +277,7 @@ fn spawn_inventory(
     missing: Vec<hv_types::DriverInfo>,
     shutdown: &Shutdown,
 ) -> watch::Receiver<Option<inventory::Inventory>> {
-    let capacity = inventory::capacity(&config.agent.state_dir);
+    let capacity = config.agent.capacity.over(inventory::capacity(&config.agent.state_dir));
     let reserved = &config.agent.reserved;
     let kept_back = hv_types::Resources {
         cpu_cores: reserved.cpu_cores,

@@ -11,6 +11,15 @@ use hypervisor_agent::config::Config;
 
 /// The file that is read where --config names none.
 const DEFAULT_CONFIG: &str = "/etc/hypervisor/agent.yaml";
+/// Variables of the server and the command line, which share the prefix: on one machine all may be set.
+const FOREIGN_VARIABLES: [&str; 6] = [
+    "HYPERVISOR_SERVER*",
+    "HYPERVISOR_CTL_*",
+    "HYPERVISOR_CLUSTER_*",
+    "HYPERVISOR_ETCD_*",
+    "HYPERVISOR_SCHEDULER_*",
+    "HYPERVISOR_EVENTS_*",
+];
 /// Threads that run tasks: the work is waiting, and each thread costs memory.
 const WORKER_THREADS: usize = 2;
 /// Threads that may block on files; further work of that kind waits.
@@ -120,7 +129,8 @@ impl Flags {
             .file(self.config.as_ref())
             .fallback_file(DEFAULT_CONFIG)
             .environment(std::env::vars_os())
-            .allow_variables(["HYPERVISOR_SERVER"])
+            // Of the other programs, which may share an environment with this one.
+            .allow_variables(FOREIGN_VARIABLES)
             .flag("agent.server_addr", "--server-addr", self.server_addr.as_ref())
             .flag("agent.node_id", "--node-id", self.node_id.as_ref())
             .flag("agent.state_dir", "--state-dir", self.state_dir.as_ref())

@@ -5,7 +5,9 @@
 //! - Whatever is wanted, and wherever a crash left things, the steps come to an end, and there what is wanted holds.
 //! - What was deleted by somebody else is never made again behind the user's back.
 
-use hv_driver::{Exit, Observed};
+use std::time::SystemTime;
+
+use hv_driver::{Exit, Handle, Observed};
 use hv_types::{InstanceState, Wanted};
 
 use crate::entry::{Entry, Origin};
@@ -172,6 +174,61 @@ fn rest(entry: &Entry, seen: &Observed, boot_id: &str) -> Next {
                     "its process is gone, and nobody knows how it ended; see the node's log, then start it again",
                 ),
             }
+        }
+    }
+}
+
+/// What is remembered after a driver did a step that was begun for what `serial` numbers.
+pub(crate) fn done(entry: &mut Entry, step: Step, serial: u64, handle: Option<Handle>, boot_id: &str) {
+    let is_current = entry.serial == serial && entry.wanted == Wanted::Running && !entry.discard;
+    if handle.is_some() {
+        entry.handle = handle;
+    }
+    match step {
+        Step::Create => entry.created = true,
+        Step::Start => {
+            entry.boot_id = boot_id.to_owned();
+            entry.last_exit = None;
+            entry.started_at = Some(SystemTime::now());
+            // At once, not when it is seen running: a guest that ends right away is not to be started for ever.
+            if is_current {
+                entry.finish();
+            }
+        }
+        Step::Stop if entry.serial == serial => entry.restart_pending = false,
+        Step::Resume if is_current && !entry.restart_pending => entry.finish(),
+        Step::Stop | Step::Resume | Step::Pause | Step::Delete => {}
+    }
+}
+
+/// What is remembered when the plan notes something.
+pub(crate) fn remember(entry: &mut Entry, note: Note, seen: &Observed, boot_id: &str) {
+    match note {
+        Note::Discarded => {
+            entry.discard = false;
+            entry.created = false;
+            entry.handle = None;
+            entry.last_exit = None;
+            entry.started_at = None;
+        }
+        Note::Restarted => entry.restart_pending = false,
+        Note::Finished => {
+            entry.created |= *seen != Observed::Absent;
+            if let Observed::Running(running) | Observed::Paused(running) = seen {
+                entry.boot_id = boot_id.to_owned();
+                entry.started_at = running.since.or(entry.started_at);
+                entry.last_exit = None;
+            }
+            entry.finish();
+        }
+        Note::Revive => {
+            entry.pending = true;
+            entry.serial += 1;
+        }
+        Note::Gone => {
+            entry.gone = true;
+            entry.handle = None;
+            entry.finish();
         }
     }
 }

@@ -6,6 +6,7 @@
 //! instance removed whose new binding is just on its way.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,6 +28,8 @@ const BATCH: usize = 100;
 #[derive(Default)]
 pub(crate) struct Reports {
     waiting: Mutex<BTreeMap<InstanceId, InstanceReport>>,
+    /// The last one that was taken: the next batch begins after it, so that none is sent twice before all were once.
+    last: Mutex<Option<InstanceId>>,
     wake: Notify,
 }
 
@@ -44,13 +47,13 @@ impl Reports {
 
     fn take(&self) -> Vec<(InstanceId, InstanceReport)> {
         let mut waiting = self.waiting.lock();
-        let mut batch = Vec::new();
-        while batch.len() < BATCH
-            && let Some(next) = waiting.pop_first()
-        {
-            batch.push(next);
-        }
-        batch
+        let mut last = self.last.lock();
+        let after = last.as_ref().map_or(Bound::Unbounded, Bound::Excluded);
+        let behind = waiting.range::<InstanceId, _>((after, Bound::Unbounded)).map(|(id, _)| id);
+        let ids: Vec<InstanceId> =
+            behind.chain(waiting.keys()).take(BATCH.min(waiting.len())).cloned().collect();
+        *last = ids.last().cloned();
+        ids.into_iter().filter_map(|id| waiting.remove_entry(&id)).collect()
     }
 
     /// Puts back what was not answered, unless something newer waits.
@@ -119,10 +122,12 @@ impl Reporter {
                 }
             };
             reach(Point::AgentReportAfter);
+            let sent = batch.len();
             let unanswered = self.conclude(batch, &verdicts).await;
-            if unanswered.is_empty() {
+            if unanswered.len() < sent {
                 self.backoff.reset();
-            } else {
+            }
+            if !unanswered.is_empty() {
                 context.reports.put_back(unanswered);
                 tokio::time::sleep(self.backoff.pause()).await;
             }
@@ -159,5 +164,45 @@ impl Reporter {
             metrics::counter!("hypervisor_agent_reports_total", "verdict" => name).increment(1);
         }
         unanswered
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(state_reason: &str) -> InstanceReport {
+        InstanceReport { state_reason: state_reason.into(), ..InstanceReport::default() }
+    }
+
+    fn id(index: usize) -> InstanceId {
+        format!("i-{index:03}").parse().unwrap()
+    }
+
+    #[test]
+    fn what_is_put_back_does_not_replace_something_newer() {
+        let reports = Reports::default();
+        reports.submit(id(0), report("old"));
+        let taken = reports.take();
+        reports.submit(id(0), report("new"));
+        reports.put_back(taken);
+        let texts: Vec<_> = reports.take().into_iter().map(|(_, report)| report.state_reason).collect();
+        assert_eq!(texts, ["new"]);
+    }
+
+    #[test]
+    fn those_that_are_refused_again_and_again_do_not_keep_others_from_being_sent() {
+        let reports = Reports::default();
+        for index in 0..250 {
+            reports.submit(id(index), report(""));
+        }
+        let mut sent = std::collections::BTreeSet::new();
+        for _ in 0..3 {
+            let batch = reports.take();
+            assert_eq!(batch.len(), BATCH);
+            sent.extend(batch.iter().map(|(id, _)| id.clone()));
+            reports.put_back(batch);
+        }
+        assert_eq!(sent.len(), 250);
     }
 }

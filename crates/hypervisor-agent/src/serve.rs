@@ -18,7 +18,7 @@ use tonic_health::ServingStatus;
 
 use crate::AgentError;
 use crate::config::Tls;
-use crate::journal::write;
+use crate::journal::{JournalError, write};
 use crate::service::Service;
 
 /// The file in the state directory that says where the agent listens.
@@ -51,6 +51,17 @@ pub(crate) fn reachable(listener: &TcpListener) -> std::io::Result<SocketAddr> {
         address.set_ip(std::net::Ipv4Addr::LOCALHOST.into());
     }
     Ok(address)
+}
+
+/// Removes what an earlier process said: whoever waits for the file must not read that.
+pub(crate) fn withdraw(state_dir: &Path) -> Result<(), JournalError> {
+    let path = state_dir.join(READY_FILE);
+    match std::fs::remove_file(&path) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(JournalError::Io { action: "remove", path, source })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Says where the agent listens.

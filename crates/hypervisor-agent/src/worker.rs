@@ -10,11 +10,13 @@
 //! next process do it again, which drivers promise to be harmless. A failure that may pass is tried again with growing
 //! pauses; any other is final until something else is wanted. A removal is tried for ever.
 
+mod call;
+
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use futures::future::BoxFuture;
-use hv_driver::{Driver, DriverError, Handle, Observed, StopMode};
+use hv_driver::{Driver, DriverError, Observed};
 use hv_telemetry::crash::{Point, reach};
 use hv_telemetry::error_chain;
 use hv_types::instance::{StopOptions, Verdict};
@@ -27,8 +29,9 @@ use crate::backoff::Backoff;
 use crate::context::Context;
 use crate::entry::{Entry, Order, Origin, Taken};
 use crate::instances::Instances;
-use crate::plan::{Next, Note, Step, next_step};
+use crate::plan::{Next, Note, Step, done, next_step, remember};
 use crate::view::{Shown, View};
+use crate::worker::call::{after, before, request};
 
 /// What a worker is told.
 #[derive(Debug)]
@@ -74,61 +77,6 @@ pub(crate) struct Worker {
     last_done: Option<(Step, u64)>,
     reported: Option<hv_proto::v1::InstanceReport>,
     is_orphan: bool,
-}
-
-/// What is remembered after a driver did a step that was begun for what `serial` numbers.
-pub(crate) fn done(entry: &mut Entry, step: Step, serial: u64, handle: Option<Handle>, boot_id: &str) {
-    let is_current = entry.serial == serial && entry.wanted == Wanted::Running && !entry.discard;
-    if handle.is_some() {
-        entry.handle = handle;
-    }
-    match step {
-        Step::Create => entry.created = true,
-        Step::Start => {
-            entry.boot_id = boot_id.to_owned();
-            entry.last_exit = None;
-            entry.started_at = Some(SystemTime::now());
-            // At once, not when it is seen running: a guest that ends right away is not to be started for ever.
-            if is_current {
-                entry.finish();
-            }
-        }
-        Step::Stop if entry.serial == serial => entry.restart_pending = false,
-        Step::Resume if is_current && !entry.restart_pending => entry.finish(),
-        Step::Stop | Step::Resume | Step::Pause | Step::Delete => {}
-    }
-}
-
-/// What is remembered when the plan notes something.
-pub(crate) fn remember(entry: &mut Entry, note: Note, seen: &Observed, boot_id: &str) {
-    match note {
-        Note::Discarded => {
-            entry.discard = false;
-            entry.created = false;
-            entry.handle = None;
-            entry.last_exit = None;
-            entry.started_at = None;
-        }
-        Note::Restarted => entry.restart_pending = false,
-        Note::Finished => {
-            entry.created |= *seen != Observed::Absent;
-            if let Observed::Running(running) | Observed::Paused(running) = seen {
-                entry.boot_id = boot_id.to_owned();
-                entry.started_at = running.since.or(entry.started_at);
-                entry.last_exit = None;
-            }
-            entry.finish();
-        }
-        Note::Revive => {
-            entry.pending = true;
-            entry.serial += 1;
-        }
-        Note::Gone => {
-            entry.gone = true;
-            entry.handle = None;
-            entry.finish();
-        }
-    }
 }
 
 impl Worker {
@@ -180,7 +128,7 @@ impl Worker {
                 self.wait().await;
                 continue;
             }
-            if !self.find_driver() {
+            if !self.find_driver().await {
                 if !self.unsaved {
                     self.wait().await;
                 }
@@ -199,7 +147,6 @@ impl Worker {
         match next_step(&self.entry, &seen, &self.context.boot_id) {
             Next::Do(step) => self.perform(step, &seen).await,
             Next::Note(note) => {
-                reach(Point::AgentJournalBeforeFinish);
                 remember(&mut self.entry, note, &seen, &self.context.boot_id);
                 self.unsaved = true;
             }
@@ -226,6 +173,9 @@ impl Worker {
         if !self.unsaved || self.entry.origin == Origin::Found {
             return true;
         }
+        if !self.entry.pending {
+            reach(Point::AgentJournalBeforeFinish);
+        }
         match self.context.save(self.entry.clone()).await {
             Ok(()) => {
                 self.unsaved = false;
@@ -240,14 +190,17 @@ impl Worker {
         }
     }
 
-    fn find_driver(&mut self) -> bool {
+    async fn find_driver(&mut self) -> bool {
         if self.driver.is_some() {
             return true;
         }
         let entry = &mut self.entry;
         self.driver = match &entry.driver {
             Some(name) => self.context.drivers.named(name),
-            None => self.context.drivers.for_type(entry.instance_type),
+            None => {
+                let (image, deadline) = (&entry.config.spec.image, self.context.tuning.look_deadline);
+                self.context.drivers.for_instance(entry.instance_type, image, deadline).await
+            }
         };
         if let Some(driver) = &self.driver {
             entry.driver = Some(driver.name().to_owned());
@@ -602,49 +555,4 @@ impl Worker {
             self.reported = Some(report);
         }
     }
-}
-
-fn before(step: Step) -> Option<Point> {
-    match step {
-        Step::Create => Some(Point::AgentCreateBefore),
-        Step::Start => Some(Point::AgentStartBefore),
-        Step::Stop => Some(Point::AgentStopBefore),
-        Step::Delete => Some(Point::AgentDeleteBefore),
-        Step::Pause | Step::Resume => None,
-    }
-}
-
-fn after(step: Step) -> Option<Point> {
-    match step {
-        Step::Create => Some(Point::AgentCreateAfter),
-        Step::Start => Some(Point::AgentStartAfter),
-        Step::Stop => Some(Point::AgentStopAfter),
-        Step::Delete => Some(Point::AgentDeleteAfter),
-        Step::Pause | Step::Resume => None,
-    }
-}
-
-/// The driver call of a step.
-fn request(
-    driver: Arc<dyn Driver>,
-    step: Step,
-    entry: &Entry,
-) -> BoxFuture<'static, Result<Option<Handle>, DriverError>> {
-    let config = entry.config.clone();
-    let mode = match entry.stop {
-        StopOptions { force: true, .. } => StopMode::Force,
-        StopOptions { timeout_seconds, .. } => {
-            StopMode::Graceful(Duration::from_secs(timeout_seconds.into()))
-        }
-    };
-    Box::pin(async move {
-        match step {
-            Step::Create => driver.create(&config).await.map(Some),
-            Step::Start => driver.start(&config.id).await.map(Some),
-            Step::Stop => driver.stop(&config.id, mode).await.map(|()| None),
-            Step::Pause => driver.pause(&config.id).await.map(|()| None),
-            Step::Resume => driver.resume(&config.id).await.map(|()| None),
-            Step::Delete => driver.delete(&config.id).await.map(|()| None),
-        }
-    })
 }

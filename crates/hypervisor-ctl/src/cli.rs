@@ -11,8 +11,8 @@ use hv_config::HumanDuration;
 use hv_telemetry::{LogLevel, RequestId};
 
 pub use instance::{
-    ConsoleArgs, CreateArgs, DeleteArgs, ExecArgs, GetArgs, InstanceCommand, ListArgs, LogsArgs, NameArgs, NamesArgs,
-    RestartArgs, StatsArgs, StopArgs,
+    ConsoleArgs, CreateArgs, DeleteArgs, ExecArgs, GetArgs, InstanceCommand, ListArgs, LogsArgs, NameArgs,
+    NamesArgs, RestartArgs, StatsArgs, StopArgs,
 };
 pub use node::{DrainArgs, NodeCommand, NodeListArgs, NodeNamesArgs};
 
@@ -156,7 +156,9 @@ pub struct ImageListArgs {
 #[derive(Debug, Subcommand)]
 pub enum ClusterCommand {
     /// Nodes, instances, capacity, store and leader in one view
-    #[command(after_long_help = "Examples:\n  hypervisor-ctl cluster info\n  hypervisor-ctl cluster info -o json")]
+    #[command(
+        after_long_help = "Examples:\n  hypervisor-ctl cluster info\n  hypervisor-ctl cluster info -o json"
+    )]
     Info,
 }
 

@@ -15,6 +15,8 @@ mod stats;
 mod stdin;
 pub(crate) mod version;
 
+pub(crate) use change::Verb;
+
 use hv_types::InstanceType;
 
 use crate::cli::{ClusterCommand, Command, ConfigCommand, ImageCommand};
@@ -55,8 +57,9 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<u8, CtlEr
         Command::Apply(args) => apply::run(context, &args).await,
         Command::Version(_) => version::with_server(context).await,
         // These were run without a server.
-        Command::Config(ConfigCommand::Show) | Command::Completion(_) | Command::Man(_) | Command::DocsMarkdown => {
-            Ok(exit_code::OK)
-        }
+        Command::Config(ConfigCommand::Show)
+        | Command::Completion(_)
+        | Command::Man(_)
+        | Command::DocsMarkdown => Ok(exit_code::OK),
     }
 }

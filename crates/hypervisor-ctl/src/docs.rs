@@ -41,7 +41,10 @@ fn section(text: &mut String, command: &Command, path: &str, level: usize) {
         let _ = writeln!(text, "Also: {}\n", aliases.join(", "));
     }
     if repeats(command) {
-        let _ = writeln!(text, "The commands are those of [`hypervisor-ctl instance`](#hypervisor-ctl-instance).\n");
+        let _ = writeln!(
+            text,
+            "The commands are those of [`hypervisor-ctl instance`](#hypervisor-ctl-instance).\n"
+        );
         return;
     }
     if command.has_subcommands() {
@@ -52,7 +55,10 @@ fn section(text: &mut String, command: &Command, path: &str, level: usize) {
     }
     let usage = command.clone().bin_name(path).render_usage().to_string();
     let _ = writeln!(text, "```text\n{}\n```\n", usage.trim_start_matches("Usage: "));
-    options(text, command.get_arguments().filter(|argument| !argument.is_global_set() && !argument.is_hide_set()));
+    options(
+        text,
+        command.get_arguments().filter(|argument| !argument.is_global_set() && !argument.is_hide_set()),
+    );
     if let Some(after) = command.get_after_long_help() {
         let _ = writeln!(text, "```text\n{after}\n```\n");
     }
@@ -66,7 +72,8 @@ fn options<'a>(text: &mut String, arguments: impl Iterator<Item = &'a Arg>) {
         }
         let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
         let takes_value = argument.get_action().takes_values();
-        let defaults: Vec<_> = argument.get_default_values().iter().map(|value| value.to_string_lossy()).collect();
+        let defaults: Vec<_> =
+            argument.get_default_values().iter().map(|value| value.to_string_lossy()).collect();
         let default = if takes_value && !defaults.is_empty() {
             format!(" [default: {}]", defaults.join(", "))
         } else {
@@ -86,7 +93,11 @@ fn spelled(argument: &Arg) -> String {
         .into_iter()
         .chain(argument.get_long().map(|long| format!("--{long}")))
         .collect();
-    let value = argument.get_value_names().and_then(|names| names.first()).map(ToString::to_string).unwrap_or_default();
+    let value = argument
+        .get_value_names()
+        .and_then(|names| names.first())
+        .map(ToString::to_string)
+        .unwrap_or_default();
     match (names.is_empty(), argument.get_action().takes_values()) {
         (true, _) => format!("<{value}>"),
         (false, true) => format!("{} <{value}>", names.join(", ")),

@@ -47,7 +47,9 @@ pub enum CtlError {
     #[error("{}", .0.message())]
     Service(ServiceError),
     /// No object has this name or id.
-    #[error("no {kind} is called {reference:?}, and no {kind}'s id starts with it; see `hypervisor-ctl {kind} list`")]
+    #[error(
+        "no {kind} is called {reference:?}, and no {kind}'s id starts with it; see `hypervisor-ctl {kind} list`"
+    )]
     NotFound {
         /// `instance`, `vm`, `node`, …
         kind: &'static str,
@@ -122,7 +124,7 @@ pub enum CtlError {
     #[error("{0}")]
     Ended(String),
     /// A signal ended the command.
-    #[error("ended by signal {0}")]
+    #[error("interrupted by signal {0}")]
     Signal(u8),
 }
 
@@ -130,14 +132,18 @@ impl CtlError {
     /// The stable code, as `-o json` shows it.
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::Usage(_) | Self::Config(_) | Self::Document(_) | Self::Ambiguous { .. } => ErrorCode::InvalidArgument,
+            Self::Usage(_) | Self::Config(_) | Self::Document(_) | Self::Ambiguous { .. } => {
+                ErrorCode::InvalidArgument
+            }
             Self::Service(error) => error.code(),
             Self::NotFound { .. } => ErrorCode::NotFound,
             Self::Precondition(_) | Self::InstanceFailed { .. } => ErrorCode::FailedPrecondition,
             Self::Overtaken(_) => ErrorCode::Conflict,
             Self::TimedOut { .. } => ErrorCode::DeadlineExceeded,
             Self::Signal(_) => ErrorCode::Cancelled,
-            Self::File { .. } | Self::Stream { .. } | Self::Render { .. } | Self::Ended(_) => ErrorCode::Internal,
+            Self::File { .. } | Self::Stream { .. } | Self::Render { .. } | Self::Ended(_) => {
+                ErrorCode::Internal
+            }
         }
     }
 
@@ -169,7 +175,10 @@ impl CtlError {
 
     /// Whether the server took part, so that its log can be searched for the request id.
     pub fn has_request_id(&self) -> bool {
-        matches!(self, Self::Service(_) | Self::InstanceFailed { .. } | Self::TimedOut { .. } | Self::Ended(_))
+        matches!(
+            self,
+            Self::Service(_) | Self::InstanceFailed { .. } | Self::TimedOut { .. } | Self::Ended(_)
+        )
     }
 }
 

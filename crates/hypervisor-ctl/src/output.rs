@@ -94,7 +94,9 @@ impl Output {
     pub(crate) fn event<T: Serialize>(self, what: &'static str, message: &T) -> Result<(), CtlError> {
         match self.format {
             OutputFormat::Yaml => self.print(&format!("---\n{}", yaml(what, message)?)),
-            _ => self.line(serde_json::to_string(message).map_err(|error| unrenderable(what, "json", error))?),
+            _ => {
+                self.line(serde_json::to_string(message).map_err(|error| unrenderable(what, "json", error))?)
+            }
         }
     }
 }

@@ -44,10 +44,14 @@ fn start(cli: Cli, request_id: &RequestId, format: &mut OutputFormat) -> Result<
         let _ = hv_telemetry::init(LogOptions { level, format: LogFormat::Text });
     }
     match command {
-        Command::Version(args) if !args.server_version => command::version::client_only(output(&global, *format)),
+        Command::Version(args) if !args.server_version => {
+            command::version::client_only(output(&global, *format))
+        }
         Command::Completion(args) => command::document::completion(&args),
         Command::Man(args) => command::document::man(&args),
-        Command::DocsMarkdown => crate::output::write_stdout(crate::docs::markdown().as_bytes()).map(|()| exit_code::OK),
+        Command::DocsMarkdown => {
+            crate::output::write_stdout(crate::docs::markdown().as_bytes()).map(|()| exit_code::OK)
+        }
         command => {
             let loaded = Settings::load(&global, std::env::vars_os())?;
             *format = loaded.value.ctl.output;

@@ -66,7 +66,10 @@ impl Server {
                 Ok(Err(status)) => status,
                 Err(_) => {
                     let seconds = limit.as_secs_f32();
-                    let text = format!("the server at {} did not answer within {seconds:.0} s", self.options.endpoint);
+                    let text = format!(
+                        "the server at {} did not answer within {seconds:.0} s",
+                        self.options.endpoint
+                    );
                     return Err(CtlError::Service(ServiceError::unavailable(text)));
                 }
             };
@@ -77,7 +80,12 @@ impl Server {
             if !again {
                 return Err(self.error(&status));
             }
-            tracing::debug!(attempt, ?pause, reason = status.message(), "the server does not answer, trying again");
+            tracing::debug!(
+                attempt,
+                ?pause,
+                reason = status.message(),
+                "the server does not answer, trying again"
+            );
             tokio::time::sleep(pause).await;
             attempt += 1;
         }

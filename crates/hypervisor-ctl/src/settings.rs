@@ -105,7 +105,9 @@ impl Settings {
         let loaded = sources.load::<Self>()?;
         let tls = &loaded.value.ctl.tls;
         if tls.cert_file.is_some() != tls.key_file.is_some() {
-            return Err(loaded.refuse("ctl.tls.cert_file", "a certificate and its key_file must be set together"));
+            return Err(
+                loaded.refuse("ctl.tls.cert_file", "a certificate and its key_file must be set together")
+            );
         }
         if tls.cert_file.is_some() && tls.ca_file.is_none() {
             return Err(loaded.refuse("ctl.tls.ca_file", "must be set too where a certificate is"));

@@ -139,7 +139,14 @@ impl Wait<'_> {
                     (Code::NotFound, Goal::Deleted) => return Ok(()),
                     (Code::NotFound, _) => return Err(self.gone()),
                     // The watch ends where a server restarts, or keeps no old revisions.
-                    (Code::Unavailable | Code::OutOfRange | Code::Aborted | Code::Cancelled | Code::Unknown, _) => {
+                    (
+                        Code::Unavailable
+                        | Code::OutOfRange
+                        | Code::Aborted
+                        | Code::Cancelled
+                        | Code::Unknown,
+                        _,
+                    ) => {
                         self.progress.update("the server does not answer, trying again");
                     }
                     _ => return Err(self.server.error(&status)),
@@ -236,7 +243,12 @@ pub(crate) fn deadline(timeout: Duration) -> Instant {
 mod tests {
     use super::*;
 
-    fn instance(state: InstanceState, wanted: InstanceWanted, generation: u64, observed: u64) -> v1::Instance {
+    fn instance(
+        state: InstanceState,
+        wanted: InstanceWanted,
+        generation: u64,
+        observed: u64,
+    ) -> v1::Instance {
         v1::Instance {
             state: state as i32,
             wanted: wanted as i32,
@@ -250,7 +262,11 @@ mod tests {
     fn a_state_of_an_earlier_wish_decides_nothing() {
         use {InstanceState as S, InstanceWanted as W};
         for state in [S::Running, S::Failed, S::Stopped] {
-            assert_eq!(judge(Goal::Running, 3, &instance(state, W::Running, 3, 2)), Verdict::Waiting, "{state:?}");
+            assert_eq!(
+                judge(Goal::Running, 3, &instance(state, W::Running, 3, 2)),
+                Verdict::Waiting,
+                "{state:?}"
+            );
         }
         assert_eq!(judge(Goal::Running, 3, &instance(S::Running, W::Running, 3, 3)), Verdict::Reached);
     }
@@ -280,7 +296,11 @@ mod tests {
     fn a_deletion_is_over_only_when_the_instance_is_gone() {
         use {InstanceState as S, InstanceWanted as W};
         for state in [S::Deleting, S::Failed, S::Stopped, S::Running] {
-            assert_eq!(judge(Goal::Deleted, 2, &instance(state, W::Deleted, 3, 3)), Verdict::Waiting, "{state:?}");
+            assert_eq!(
+                judge(Goal::Deleted, 2, &instance(state, W::Deleted, 3, 3)),
+                Verdict::Waiting,
+                "{state:?}"
+            );
         }
     }
 }

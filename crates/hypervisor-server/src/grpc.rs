@@ -10,11 +10,12 @@ mod watch;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use axum::extract::Request;
 use axum::http::{StatusCode, Version};
 use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
+use axum::response::{IntoResponse, Response as HttpResponse};
+use futures::{Stream, StreamExt};
 use hv_client::{AgentPool, AgentPoolOptions, ClientTls};
 use hv_cluster::{Cluster, Election};
 use hv_proto::v1::assignment_service_server::AssignmentServiceServer;
@@ -25,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Identity, ServerTlsConfig};
+use tonic::{Response, Status};
 use tracing::error;
 
 use crate::settings::TlsSettings;
@@ -41,13 +43,39 @@ pub(crate) struct Shared {
     pub(crate) cluster: Arc<Cluster>,
     pub(crate) election: Arc<Election>,
     pub(crate) agents: AgentPool,
+    /// Cancelled when the server stops.
+    pub(crate) stop: CancellationToken,
 }
 
-/// Every service, behind the request id.
-pub(crate) fn router(cluster: &Arc<Cluster>, election: &Arc<Election>, tls: &TlsSettings) -> anyhow::Result<Routes> {
+impl Shared {
+    /// A stream that tells its receiver to go elsewhere when the server stops.
+    pub(crate) fn until_stop<T: Send + 'static>(
+        &self,
+        stream: impl Stream<Item = Result<T, Status>> + Send + 'static,
+    ) -> Response<ReplyStream<T>> {
+        let begin = Some((Box::pin(stream), self.stop.clone()));
+        let until_stop = futures::stream::unfold(begin, |state| async move {
+            let (mut stream, stop) = state?;
+            tokio::select! {
+                item = stream.next() => item.map(|item| (item, Some((stream, stop)))),
+                () = stop.cancelled() => Some((Err(Status::unavailable("the server is stopping")), None)),
+            }
+        });
+        Response::new(Box::pin(until_stop))
+    }
+}
+
+/// Every service, behind the request id. Streams end with `stop`: they would keep the port open for ever.
+pub(crate) fn router(
+    cluster: &Arc<Cluster>,
+    election: &Arc<Election>,
+    tls: &TlsSettings,
+    stop: CancellationToken,
+) -> anyhow::Result<Routes> {
     let context = Shared {
         cluster: cluster.clone(),
         election: election.clone(),
+        stop,
         agents: AgentPool::new(AgentPoolOptions { tls: client_tls(tls), ..AgentPoolOptions::default() }),
     };
     let bound = hv_proto::MAX_MESSAGE_BYTES;
@@ -78,24 +106,31 @@ pub(crate) fn router(cluster: &Arc<Cluster>, election: &Arc<Election>, tls: &Tls
 }
 
 /// Somebody with a browser or `curl` on the gRPC port is told so, instead of a connection that just closes.
-async fn refuse_http1(request: Request, next: Next) -> Response {
+async fn refuse_http1(request: Request, next: Next) -> HttpResponse {
     if request.version() == Version::HTTP_2 {
         return next.run(request).await;
     }
-    let text = "this port speaks gRPC over HTTP/2; health and metrics are on the HTTP port (8080 by default)\n";
+    let text =
+        "this port speaks gRPC over HTTP/2; health and metrics are on the HTTP port (8080 by default)\n";
     (StatusCode::HTTP_VERSION_NOT_SUPPORTED, text).into_response()
 }
 
-/// The port's certificate, if it has one.
-pub(crate) fn tls(settings: &TlsSettings) -> anyhow::Result<Option<ServerTlsConfig>> {
-    let (true, Some(cert), Some(key)) = (settings.enabled, &settings.cert_file, &settings.key_file) else {
+/// The port's certificate, if it has one. What cannot be used is refused here, never served without.
+fn tls(settings: &TlsSettings) -> anyhow::Result<Option<ServerTlsConfig>> {
+    if !settings.enabled {
         return Ok(None);
+    }
+    let (Some(cert), Some(key)) = (&settings.cert_file, &settings.key_file) else {
+        bail!("tls.enabled: needs tls.cert_file and tls.key_file");
     };
+    if settings.client_auth && settings.ca_file.is_none() {
+        bail!("tls.client_auth: needs tls.ca_file, the authority that signed the clients' certificates");
+    }
     let read = |path: &std::path::Path, name: &str| {
         std::fs::read(path).with_context(|| format!("tls.{name}: {} cannot be read", path.display()))
     };
-    let mut config = ServerTlsConfig::new()
-        .identity(Identity::from_pem(read(cert, "cert_file")?, read(key, "key_file")?));
+    let mut config =
+        ServerTlsConfig::new().identity(Identity::from_pem(read(cert, "cert_file")?, read(key, "key_file")?));
     if let Some(ca) = &settings.ca_file {
         config = config
             .client_ca_root(Certificate::from_pem(read(ca, "ca_file")?))
@@ -110,29 +145,33 @@ fn client_tls(settings: &TlsSettings) -> Option<ClientTls> {
     Some(ClientTls { ca, cert: settings.cert_file.clone(), key: settings.key_file.clone(), domain: None })
 }
 
-/// Serves until `stop`, then lets running calls end.
-pub(crate) async fn serve(
-    routes: Routes,
-    listener: TcpListener,
-    tls: Option<ServerTlsConfig>,
-    stop: CancellationToken,
-) {
+/// The port as the settings want it.
+///
+/// # Errors
+/// The certificate cannot be read or used.
+pub(crate) fn port(settings: &TlsSettings) -> anyhow::Result<tonic::transport::Server> {
     let builder = tonic::transport::Server::builder()
         .accept_http1(true)
         .http2_keepalive_interval(Some(KEEP_ALIVE.0))
         .http2_keepalive_timeout(Some(KEEP_ALIVE.1))
         .max_concurrent_streams(Some(MAX_STREAMS));
-    let builder = match tls {
+    match tls(settings)? {
         None => Ok(builder),
-        Some(tls) => builder.tls_config(tls),
-    };
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    let served = match builder {
-        Ok(mut builder) => {
-            builder.add_routes(routes).serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await
+        Some(tls) => {
+            builder.tls_config(tls).context("tls.cert_file, tls.key_file or tls.ca_file cannot be used")
         }
-        Err(cause) => Err(cause),
-    };
+    }
+}
+
+/// Serves until `stop`, then lets running calls end.
+pub(crate) async fn serve(
+    mut port: tonic::transport::Server,
+    routes: Routes,
+    listener: TcpListener,
+    stop: CancellationToken,
+) {
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let served = port.add_routes(routes).serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await;
     if let Err(cause) = served {
         error!(error = hv_telemetry::error_chain(&cause), "the gRPC port failed");
     }

@@ -13,15 +13,15 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use hv_cluster::{Cluster, ClusterConfig, Election};
+use hv_telemetry::Shutdown;
 use hv_telemetry::health::Health;
 use hv_telemetry::metrics::Metrics;
-use hv_telemetry::Shutdown;
 use tokio::net::TcpListener;
 use tracing::{info, warn};
 
 pub use settings::{
-    ClusterSettings, EtcdSettings, EventSettings, HeartbeatSettings, SchedulerSettings, ServerSettings, Settings,
-    TlsSettings,
+    ClusterSettings, EtcdSettings, EventSettings, HeartbeatSettings, SchedulerSettings, ServerSettings,
+    Settings, TlsSettings,
 };
 
 /// A server that serves.
@@ -56,6 +56,7 @@ pub async fn start(settings: Settings, shutdown: &Shutdown) -> anyhow::Result<Se
     let http_listener = bind(&settings.server.http_address, "server.http_address").await?;
     let (grpc_address, http_address) = (grpc_listener.local_addr()?, http_listener.local_addr()?);
 
+    let port = grpc::port(&settings.tls)?;
     let metrics = Metrics::install()?;
     let health = Health::new();
     let store = store::open(&settings).await?;
@@ -67,9 +68,8 @@ pub async fn start(settings: Settings, shutdown: &Shutdown) -> anyhow::Result<Se
     let election = run_parts(&cluster, shutdown);
     run_upkeep(&cluster, &health, metrics.clone(), shutdown);
 
-    let grpc = grpc::router(&cluster, &election, &settings.tls)?;
-    let tls = grpc::tls(&settings.tls)?;
-    shutdown.spawn("grpc", grpc::serve(grpc, grpc_listener, tls, shutdown.token()));
+    let routes = grpc::router(&cluster, &election, &settings.tls, shutdown.token())?;
+    shutdown.spawn("grpc", grpc::serve(port, routes, grpc_listener, shutdown.token()));
     shutdown.spawn("http", http::serve(health.router(metrics), http_listener, shutdown.token()));
 
     let ready_file = settings.server.data_dir.join("server.json");
@@ -144,10 +144,16 @@ fn run_upkeep(cluster: &Arc<Cluster>, health: &Health, metrics: Metrics, shutdow
                 check.not_ready("the cache does not follow the store");
             }
             let (nodes, ready, instances, pending) = cluster.cache().read(|state| {
-                let ready = state.nodes().filter(|(_, entry)| entry.status() == hv_types::NodeStatus::Ready).count();
+                let ready =
+                    state.nodes().filter(|(_, entry)| entry.status() == hv_types::NodeStatus::Ready).count();
                 (state.nodes().count(), ready, state.instances_after(None).count(), state.unbound().count())
             });
-            let gauges = [("nodes", nodes), ("nodes_ready", ready), ("instances", instances), ("instances_unbound", pending)];
+            let gauges = [
+                ("nodes", nodes),
+                ("nodes_ready", ready),
+                ("instances", instances),
+                ("instances_unbound", pending),
+            ];
             for (name, value) in gauges {
                 metrics::gauge!(format!("hypervisor_{name}")).set(value as f64);
             }
@@ -158,7 +164,8 @@ fn run_upkeep(cluster: &Arc<Cluster>, health: &Health, metrics: Metrics, shutdow
 
 /// Tells scripts and tests where a server that took port 0 is found.
 fn write_ready_file(path: &Path, grpc: SocketAddr, http: SocketAddr) -> anyhow::Result<()> {
-    let content = serde_json::json!({ "pid": std::process::id(), "grpc": grpc.to_string(), "http": http.to_string() });
+    let content =
+        serde_json::json!({ "pid": std::process::id(), "grpc": grpc.to_string(), "http": http.to_string() });
     let partial = path.with_extension("json.partial");
     std::fs::write(&partial, format!("{content}\n"))
         .and_then(|()| std::fs::rename(&partial, path))

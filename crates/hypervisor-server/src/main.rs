@@ -12,6 +12,17 @@ use hypervisor_server::Settings;
 /// Where the configuration file is looked for if none is named.
 const DEFAULT_FILE: &str = "/etc/hypervisor/server.yaml";
 
+/// Variables of the agent and the command line, which share the prefix: on one machine all may be set.
+const FOREIGN_VARIABLES: [&str; 7] = [
+    "HYPERVISOR_SERVER",
+    "HYPERVISOR_AGENT_*",
+    "HYPERVISOR_CTL_*",
+    "HYPERVISOR_DRIVERS_*",
+    "HYPERVISOR_LIBVIRT_*",
+    "HYPERVISOR_CONTAINERD_*",
+    "HYPERVISOR_FIRECRACKER_*",
+];
+
 /// The control plane of Hypervisor: takes users' calls, places instances on nodes, and keeps the cluster's state.
 ///
 /// Every setting can come from a flag, an environment variable (HYPERVISOR_SERVER_GRPC_ADDRESS=:9090), the
@@ -110,8 +121,10 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
     let settings = loaded.value;
     hv_telemetry::init(LogOptions { level: settings.log_level, format: settings.log_format })?;
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("the runtime cannot be started")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("the runtime cannot be started")?;
     runtime.block_on(serve(settings))
 }
 
@@ -120,9 +133,10 @@ async fn serve(settings: Settings) -> anyhow::Result<()> {
     let limit = settings.server.shutdown_timeout.get();
     let server = hypervisor_server::start(settings, &shutdown).await?;
     eprintln!("hypervisor-server is ready: gRPC on {}, HTTP on {}", server.grpc_address, server.http_address);
-    shutdown.wait(limit).await?;
+    let ended = shutdown.wait(limit).await;
+    // Also where calls had to be cut: what was acknowledged is durable, and the ready file must not outlive the server.
     server.close().await;
-    Ok(())
+    Ok(ended?)
 }
 
 fn load(flags: &Flags) -> anyhow::Result<Loaded<Settings>> {
@@ -130,7 +144,7 @@ fn load(flags: &Flags) -> anyhow::Result<Loaded<Settings>> {
         .file(flags.config.clone())
         .fallback_file(DEFAULT_FILE)
         .environment(std::env::vars_os())
-        .allow_variables(["HYPERVISOR_AGENT_*", "HYPERVISOR_CTL_*"])
+        .allow_variables(FOREIGN_VARIABLES)
         .flag("server.grpc_address", "--grpc-address", flags.grpc_address.as_ref())
         .flag("server.http_address", "--http-address", flags.http_address.as_ref())
         .flag("server.data_dir", "--data-dir", flags.data_dir.as_ref())
@@ -163,11 +177,14 @@ fn apply_dev(loaded: &mut Loaded<Settings>) -> anyhow::Result<()> {
     if dir {
         server.data_dir = "hypervisor-dev".into();
     }
-    for (key, address) in
-        [("server.grpc_address", &loaded.value.server.grpc_address), ("server.http_address", &loaded.value.server.http_address)]
-    {
+    for (key, address) in [
+        ("server.grpc_address", &loaded.value.server.grpc_address),
+        ("server.http_address", &loaded.value.server.http_address),
+    ] {
         if !address.is_loopback() {
-            return Err(loaded.refuse(key, "--dev serves loopback only; use an address as 127.0.0.1:50051").into());
+            return Err(loaded
+                .refuse(key, "--dev serves loopback only; use an address as 127.0.0.1:50051")
+                .into());
         }
     }
     Ok(())
@@ -183,6 +200,9 @@ fn check(loaded: &Loaded<Settings>) -> anyhow::Result<()> {
     }
     if settings.heartbeat.interval.get().as_millis() < 100 {
         return Err(loaded.refuse("heartbeat.interval", "must be at least 100ms").into());
+    }
+    if settings.tls.enabled && settings.tls.client_auth && settings.tls.ca_file.is_none() {
+        return Err(loaded.refuse("tls.client_auth", "needs tls.ca_file").into());
     }
     if settings.tls.enabled && (settings.tls.cert_file.is_none() || settings.tls.key_file.is_none()) {
         return Err(loaded.refuse("tls.enabled", "needs tls.cert_file and tls.key_file").into());

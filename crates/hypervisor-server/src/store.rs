@@ -57,10 +57,13 @@ pub(crate) async fn open(settings: &Settings) -> anyhow::Result<Opened> {
 fn etcd_options(settings: &EtcdSettings) -> anyhow::Result<EtcdOptions> {
     let tls = match (&settings.ca_file, &settings.cert_file, &settings.key_file) {
         (None, None, None) => None,
-        (Some(ca), Some(cert), Some(key)) => Some(EtcdTls { ca: ca.clone(), cert: cert.clone(), key: key.clone() }),
+        (Some(ca), Some(cert), Some(key)) => {
+            Some(EtcdTls { ca: ca.clone(), cert: cert.clone(), key: key.clone() })
+        }
         _ => bail!("etcd.ca_file, etcd.cert_file and etcd.key_file belong together: set all three or none"),
     };
-    let user = settings.username.clone().zip(settings.password.as_ref().map(|secret| secret.reveal().to_owned()));
+    let user =
+        settings.username.clone().zip(settings.password.as_ref().map(|secret| secret.reveal().to_owned()));
     Ok(EtcdOptions {
         endpoints: settings.endpoints.clone(),
         tls,

@@ -9,7 +9,8 @@ use hv_store::record::{Record, decode_message};
 use hv_store::{KeyValue, LeaseId, Result};
 use hv_types::node::Schedulability;
 use hv_types::{
-    Event, InstanceId, InstanceRecord, InstanceState, NodeId, NodeRecord, NodeStatus, Resources, Revision, Wanted,
+    Event, InstanceId, InstanceRecord, InstanceState, NodeId, NodeRecord, NodeStatus, Resources, Revision,
+    Wanted,
 };
 
 use super::feed::Delta;
@@ -66,6 +67,7 @@ pub struct State {
     names: HashMap<(String, String), InstanceId>,
     unbound: BTreeSet<InstanceId>,
     events: BTreeMap<String, Arc<Event>>,
+    unreadable: BTreeSet<String>,
 }
 
 impl State {
@@ -81,8 +83,17 @@ impl State {
         self.instances.get(id)
     }
 
+    /// Whether the store holds a record of the instance that cannot be read: what is known of it may be old, or nothing.
+    #[must_use]
+    pub fn is_unreadable(&self, id: &InstanceId) -> bool {
+        self.unreadable.contains(id.as_str())
+    }
+
     /// Instances in the order of their ids, those after `after` only.
-    pub fn instances_after<'a>(&'a self, after: Option<&InstanceId>) -> impl Iterator<Item = &'a Arc<InstanceRecord>> {
+    pub fn instances_after<'a>(
+        &'a self,
+        after: Option<&InstanceId>,
+    ) -> impl Iterator<Item = &'a Arc<InstanceRecord>> {
         use std::ops::Bound;
         let start = after.cloned().map_or(Bound::Unbounded, Bound::Excluded);
         self.instances.range((start, Bound::Unbounded)).map(|(_, record)| record)
@@ -134,11 +145,15 @@ impl State {
     pub fn view(&self, record: &Arc<InstanceRecord>) -> Arc<InstanceRecord> {
         let lost = record.node_id().filter(|id| !self.nodes.get(*id).is_some_and(NodeEntry::is_live));
         let Some(node) = lost else { return record.clone() };
-        let hostname = self.nodes.get(node).and_then(|entry| entry.record.as_ref()).map_or("", |r| &r.hostname);
+        let hostname =
+            self.nodes.get(node).and_then(|entry| entry.record.as_ref()).map_or("", |r| &r.hostname);
         let mut shown = InstanceRecord::clone(record);
-        shown.state_reason =
-            format!("node {hostname} ({node}) does not answer; last seen {}: {}", record.state, record.state_reason);
-        shown.state = if record.wanted == Wanted::Deleted { InstanceState::Deleting } else { InstanceState::Unknown };
+        shown.state_reason = format!(
+            "node {hostname} ({node}) does not answer; last seen {}: {}",
+            record.state, record.state_reason
+        );
+        shown.state =
+            if record.wanted == Wanted::Deleted { InstanceState::Deleting } else { InstanceState::Unknown };
         Arc::new(shown)
     }
 
@@ -160,10 +175,20 @@ impl State {
         })
     }
 
+    /// Remembers that the value of `key` cannot be read.
+    pub(super) fn note_unreadable(&mut self, key: &Key<'_>) {
+        if let Key::Instance(id) = key {
+            self.unreadable.insert((*id).to_owned());
+        }
+    }
+
     /// Takes a deletion over.
     pub(super) fn delete(&mut self, key: &Key<'_>) -> Vec<Delta> {
         match key {
-            Key::Instance(id) => self.delete_instance(id).into_iter().collect(),
+            Key::Instance(id) => {
+                self.unreadable.remove(*id);
+                self.delete_instance(id).into_iter().collect()
+            }
             Key::Node(id) => self.delete_node(id).into_iter().collect(),
             Key::NodeLease(id) => self.set_lease(id, None),
             Key::Event(id) => {
@@ -177,6 +202,7 @@ impl State {
     fn put_instance(&mut self, record: InstanceRecord) -> Delta {
         let record = Arc::new(record);
         let id = record.id.clone();
+        self.unreadable.remove(id.as_str());
         let before = self.instances.insert(id.clone(), record.clone());
         if let Some(old) = &before {
             self.unlink(old);
@@ -261,7 +287,11 @@ impl State {
         for (id, before) in &self.instances {
             let after = next.instances.get(id);
             if after.is_none_or(|after| after.revision != before.revision) {
-                deltas.push(Delta::Instance { id: id.clone(), before: Some(before.clone()), after: after.cloned() });
+                deltas.push(Delta::Instance {
+                    id: id.clone(),
+                    before: Some(before.clone()),
+                    after: after.cloned(),
+                });
             }
         }
         for (id, after) in &next.instances {
@@ -269,11 +299,14 @@ impl State {
                 deltas.push(Delta::Instance { id: id.clone(), before: None, after: Some(after.clone()) });
             }
         }
+        let new_events = next.events.iter().filter(|(id, _)| !self.events.contains_key(*id));
+        deltas.extend(new_events.map(|(_, event)| Delta::Event(event.clone())));
         let ids: BTreeSet<_> = self.nodes.keys().chain(next.nodes.keys()).collect();
         for id in ids {
             let (before, after) =
                 (self.nodes.get(id).and_then(NodeEntry::seen), next.nodes.get(id).and_then(NodeEntry::seen));
-            let key = |seen: &Option<(Arc<NodeRecord>, bool)>| seen.as_ref().map(|(r, live)| (r.revision, *live));
+            let key =
+                |seen: &Option<(Arc<NodeRecord>, bool)>| seen.as_ref().map(|(r, live)| (r.revision, *live));
             if key(&before) == key(&after) {
                 continue;
             }

@@ -1,15 +1,19 @@
 //! Changes of what is wanted: start, stop, restart, pause, resume, delete, metadata.
 
+use std::sync::Arc;
+
 use hv_proto::{convert, v1};
 use hv_telemetry::crash::{self, Point};
 use hv_types::instance::{Request, StopOptions, Verdict, decide};
-use hv_types::{InstanceId, InstanceRecord, InstanceState, Metadata, Revision, Wanted};
+use hv_types::{
+    ErrorCode, InstanceId, InstanceRecord, InstanceState, Metadata, Revision, ServiceError, Wanted,
+};
 
+use crate::Cluster;
 use crate::cache::State;
 use crate::error::{Error, Result};
 use crate::events::About;
 use crate::requests::{Done, Mutation, Plan};
-use crate::Cluster;
 
 impl Cluster {
     /// Changes what is wanted of an instance. A deletion of one that no node has removes it at once.
@@ -53,7 +57,8 @@ impl Cluster {
     ) -> Result<Plan<v1::Instance>> {
         let record = state.instance(id).ok_or_else(|| Error::no_instance(id))?;
         let node_answers = record.node_id().is_none_or(|node| state.node(node).is_some_and(|n| n.is_live()));
-        let abandon = request == Request::Delete && (record.binding.is_none() || (stop.force && !node_answers));
+        let abandon =
+            request == Request::Delete && (record.binding.is_none() || (stop.force && !node_answers));
         if abandon {
             let (compares, then) = self.remove_instance(record);
             return Ok(Plan { compares, then, reply: convert::instance_to(record) });
@@ -69,7 +74,9 @@ impl Cluster {
             Verdict::Change(wanted) => {
                 let after = changed(record, request, wanted, stop);
                 let (compare, put) = self.replace_instance(record, &after);
-                Ok(Plan { compares: vec![compare], then: vec![put], reply: convert::instance_to(&after) })
+                let after = InstanceRecord { revision: Revision::default(), ..after };
+                let reply = convert::instance_to(&state.view(&Arc::new(after)));
+                Ok(Plan { compares: vec![compare], then: vec![put], reply })
             }
         }
     }
@@ -87,13 +94,25 @@ impl Cluster {
     ) -> Result<Done<v1::Instance>> {
         metadata.validate()?;
         self.mutate(mutation, &format!("instance {id}"), || {
-            let record = self.cache.read(|state| state.instance(id).cloned()).ok_or_else(|| Error::no_instance(id))?;
-            if if_revision.is_some_and(|wanted| wanted != record.revision) {
-                return Err(Error::conflict(format!("instance {} is at revision {} and", record.name, record.revision)));
+            let record =
+                self.cache.read(|state| state.instance(id).cloned()).ok_or_else(|| Error::no_instance(id))?;
+            if let Some(wanted) = if_revision.filter(|wanted| *wanted != record.revision) {
+                let (name, is) = (&record.name, record.revision);
+                let message = format!(
+                    "instance {name} is at revision {is}, not at {wanted}; read it again and decide anew"
+                );
+                return Err(ServiceError::new(ErrorCode::Conflict, message).into());
+            }
+            if record.metadata == metadata {
+                let shown = self.cache.read(|state| state.view(&record));
+                return Ok(Plan::unchanged(convert::instance_to(&shown)));
             }
             let after = InstanceRecord { metadata: metadata.clone(), ..InstanceRecord::clone(&record) };
+            super::check_size_in_store(&after)?;
             let (compare, put) = self.replace_instance(&record, &after);
-            Ok(Plan { compares: vec![compare], then: vec![put], reply: convert::instance_to(&after) })
+            let after = Arc::new(InstanceRecord { revision: Revision::default(), ..after });
+            let reply = self.cache.read(|state| convert::instance_to(&state.view(&after)));
+            Ok(Plan { compares: vec![compare], then: vec![put], reply })
         })
         .await
     }
@@ -125,7 +144,9 @@ fn changed(before: &InstanceRecord, request: Request, wanted: Wanted, stop: Stop
     if before.binding.is_none() {
         (after.state, after.state_reason) = match wanted {
             Wanted::Stopped => (InstanceState::Stopped, "stopped before it was placed on a node".into()),
-            Wanted::Running | Wanted::Paused | Wanted::Deleted => (InstanceState::Pending, "waits for a node".into()),
+            Wanted::Running | Wanted::Paused | Wanted::Deleted => {
+                (InstanceState::Pending, "waits for a node".into())
+            }
         };
         if wanted == Wanted::Stopped {
             after.observed_generation = after.generation;

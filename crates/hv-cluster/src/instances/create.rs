@@ -8,20 +8,25 @@ use hv_telemetry::crash::{self, Point};
 use hv_types::resources::MIB;
 use hv_types::{ErrorCode, InstanceRecord, Invalid, ServiceError};
 
+use crate::Cluster;
 use crate::cache::State;
 use crate::error::Result;
 use crate::events::About;
 use crate::requests::{Done, Mutation, Plan};
-use crate::Cluster;
 
 impl Cluster {
     /// Records an instance that was asked for; it waits for a node.
     ///
     /// # Errors
     /// The name is taken, or no node could ever take it: an unknown image, more than any node has.
-    pub async fn create_instance(&self, mutation: &Mutation, record: InstanceRecord) -> Result<Done<v1::Instance>> {
+    pub async fn create_instance(
+        &self,
+        mutation: &Mutation,
+        record: InstanceRecord,
+    ) -> Result<Done<v1::Instance>> {
         let name_key = self.keys.instance_name(&record.project, &record.name);
         let key = self.keys.instance(&record.id);
+        super::check_size_in_store(&record)?;
         crash::reach(Point::ServerCreateBeforeTxn);
         let done = self
             .mutate(mutation, &format!("instance {}", record.name), || {
@@ -96,7 +101,9 @@ fn check_size(able: &Able<'_>, record: &InstanceRecord) -> Result<()> {
     if able.iter().any(|(node, _)| need.fits_in(node.allocatable)) {
         return Ok(());
     }
-    let most = |part: fn(&hv_types::Resources) -> u64| able.iter().map(|(n, _)| part(&n.allocatable)).max().unwrap_or(0);
+    let most = |part: fn(&hv_types::Resources) -> u64| {
+        able.iter().map(|(n, _)| part(&n.allocatable)).max().unwrap_or(0)
+    };
     let cores = most(|r| u64::from(r.cpu_cores));
     if u64::from(need.cpu_cores) > cores {
         let expected = format!("must be at most {cores}, the most that any node has");
@@ -109,7 +116,10 @@ fn check_size(able: &Able<'_>, record: &InstanceRecord) -> Result<()> {
     }
     let disk = most(|r| r.disk_bytes);
     if need.disk_bytes > disk {
-        let expected = format!("must together have at most {disk} bytes ({} MiB), the most that any node has", disk / MIB);
+        let expected = format!(
+            "must together have at most {disk} bytes ({} MiB), the most that any node has",
+            disk / MIB
+        );
         return Err(Invalid::new("spec.disks", need.disk_bytes, expected).into());
     }
     let expected = "and its memory and disks must fit on one node; no node has that much of all together";

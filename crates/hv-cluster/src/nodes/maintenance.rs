@@ -5,6 +5,7 @@ use hv_types::{InstanceId, InstanceRecord, InstanceType, NodeCondition, NodeId};
 
 use super::Shown;
 use crate::Cluster;
+use crate::cache::NodeEntry;
 use crate::error::{Error, Result};
 use crate::events::About;
 
@@ -62,11 +63,15 @@ impl Cluster {
     #[must_use]
     pub fn drain_outlook(&self, id: &NodeId) -> (Vec<InstanceId>, Vec<Blocker>) {
         self.cache.read(|state| {
-            let discard = state.node(id).and_then(|e| e.record.as_ref()).is_some_and(|r| r.drain_discards_disks);
+            let entry = state.node(id);
+            let discard = entry.and_then(|e| e.record.as_ref()).is_some_and(|r| r.drain_discards_disks);
+            let silent = (!entry.is_some_and(NodeEntry::is_live)).then(|| {
+                "its node does not answer, so nothing can tell that it has stopped; it moves once the node is back".to_owned()
+            });
             let mut moving = Vec::new();
             let mut blockers = Vec::new();
             for record in state.instances_on(id) {
-                match stays(record, discard) {
+                match stays(record, discard).or_else(|| silent.clone()) {
                     None => moving.push(record.id.clone()),
                     Some(reason) => {
                         blockers.push(Blocker { id: record.id.clone(), name: record.name.clone(), reason });

@@ -37,7 +37,11 @@ async fn failures_are_counted_across_restarts_of_the_agent() {
     for _ in 0..2 {
         let error = fake(&dir).create(&config).await.unwrap_err();
         assert!(error.retryable(), "{error}");
-        assert_eq!(fake(&dir).list().await.unwrap(), [config.id.clone()], "a failed create leaves a part");
+        assert_eq!(
+            fake(&dir).list().await.unwrap(),
+            std::slice::from_ref(&config.id),
+            "a failed create leaves a part"
+        );
     }
     fake(&dir).create(&config).await.unwrap();
     assert!(fake(&dir).start(&config.id).await.is_err());

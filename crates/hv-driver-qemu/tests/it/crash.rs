@@ -77,7 +77,7 @@ async fn a_crash_at_any_step_is_survived_with_one_qemu() {
         let config = subject.config("crash");
         die_at(point, &subject, &config);
         let driver = subject.qemu();
-        assert_eq!(driver.list().await.unwrap(), [config.id.clone()], "{point}");
+        assert_eq!(driver.list().await.unwrap(), std::slice::from_ref(&config.id), "{point}");
         let found = driver.recover(&config.id, None).await.unwrap();
         eprintln!("{point}: found {found:?}");
         match goal {

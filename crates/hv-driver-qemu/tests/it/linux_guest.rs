@@ -56,13 +56,17 @@ async fn read_until(output: &mut BoxStream<'static, Result<Bytes>>, text: &str) 
 async fn booted(subject: &QemuSubject, config: &InstanceConfig) -> (QemuDriver, Console) {
     let driver = subject.qemu();
     assert!(driver.fingerprint().await.healthy);
-    driver.create(config).await.unwrap();
     let begun = Instant::now();
+    driver.create(config).await.unwrap();
+    let created = begun.elapsed();
     driver.start(&config.id).await.unwrap();
     let started = begun.elapsed();
     let mut console = driver.console(&config.id).await.unwrap();
     read_until(&mut console.output, "hypervisor-guest: hello").await;
-    eprintln!("monitor answered after {started:?}, guest greeted after {:?}", begun.elapsed());
+    let greeted = begun.elapsed();
+    eprintln!(
+        "created after {created:?}, monitor answered after {started:?}, guest greeted after {greeted:?}"
+    );
     (driver, console)
 }
 
@@ -112,7 +116,7 @@ async fn a_linux_guest_boots_runs_commands_and_stops_when_asked() {
         {
             Ok(exec) => break exec,
             Err(DriverError::WrongState { .. }) => {
-                assert!(Instant::now() < deadline, "the agent never answered")
+                assert!(Instant::now() < deadline, "the agent never answered");
             }
             Err(other) => panic!("{other}"),
         }
@@ -141,5 +145,30 @@ async fn a_linux_guest_that_powers_off_by_itself_has_finished() {
     let event = tokio::time::timeout(PATIENCE, events.next()).await.unwrap().unwrap();
     assert_eq!(event.id, config.id);
     assert_eq!(driver.observe(&config.id).await.unwrap(), Observed::Stopped(Exit::Finished));
+    cleaned(&subject, &driver, &config).await;
+}
+
+/// A disk image boots by itself, and its seed gives it the instance's name without being asked for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_image_boots_with_its_own_name() {
+    let Some(mut subject) = tiny() else { return };
+    if !subject.options.image_dir.join("tiny-disk.qcow2").is_file() {
+        return skip(
+            "hv-driver-qemu::linux_guest",
+            "the tiny disk image is not built; run hack/setup.sh images",
+        );
+    }
+    subject.spec.image = "tiny-disk".to_owned();
+    let config = subject.config("web-1");
+    let (driver, _) = booted(&subject, &config).await;
+    // A console of its own shows everything from the beginning.
+    let mut console = driver.console(&config.id).await.unwrap();
+    let printed = read_until(&mut console.output, &format!("seed instance-id={}", config.id)).await;
+    assert!(printed.contains("hello from web-1"), "{printed}");
+    let stats = driver.stats(&config.id).await.unwrap();
+    assert!(
+        stats.cpu_time_ns > 0 && stats.disk_read_bytes > 1 << 20 && stats.memory_used_bytes > 16 << 20,
+        "{stats:?}"
+    );
     cleaned(&subject, &driver, &config).await;
 }

@@ -114,7 +114,7 @@ async fn a_deletion_that_was_cut_short_is_found_and_finished() {
     let trash = subject.options.state_dir.join(format!(".{}.deleting", config.id));
     fs::rename(subject.instance_dir(&config.id), &trash).unwrap();
     let driver = subject.qemu();
-    assert_eq!(driver.list().await.unwrap(), [config.id.clone()]);
+    assert_eq!(driver.list().await.unwrap(), std::slice::from_ref(&config.id));
     assert!(matches!(driver.start(&config.id).await, Err(DriverError::WrongState { .. })));
     cleaned(&subject, &driver, &config).await;
 }

@@ -21,7 +21,7 @@ pub async fn nothing_is_there_at_first(subject: &dyn Subject) {
 pub async fn create_prepares_without_running(subject: &dyn Subject) {
     let (driver, config) = created(subject).await;
     assert_eq!(exit_of(&*driver, &config.id).await, Some(Exit::NeverStarted));
-    assert_eq!(driver.list().await.expect("list"), [config.id.clone()]);
+    assert_eq!(driver.list().await.expect("list"), std::slice::from_ref(&config.id));
     assert_eq!(subject.copies(&config.id), 0);
     cleaned(subject, &*driver, &config).await;
 }
@@ -156,7 +156,7 @@ pub async fn a_half_created_instance_is_completed_by_create(subject: &dyn Subjec
 pub async fn a_half_created_instance_is_found_and_deleted(subject: &dyn Subject) {
     let (driver, config) = (subject.driver(), config(subject));
     subject.leave_half_created(&config);
-    assert_eq!(driver.list().await.expect("list"), [config.id.clone()]);
+    assert_eq!(driver.list().await.expect("list"), std::slice::from_ref(&config.id));
     assert_eq!(exit_of(&*driver, &config.id).await, Some(Exit::NeverStarted));
     driver.stop(&config.id, StopMode::Force).await.expect("stop of what is half created");
     cleaned(subject, &*driver, &config).await;

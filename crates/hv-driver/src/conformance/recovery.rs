@@ -19,7 +19,7 @@ pub async fn a_running_instance_outlives_the_driver(subject: &dyn Subject) {
     assert_eq!(subject.copies(&config.id), 1);
 
     let driver = subject.driver();
-    assert_eq!(driver.list().await.expect("list"), [config.id.clone()]);
+    assert_eq!(driver.list().await.expect("list"), std::slice::from_ref(&config.id));
     let Observed::Running(after) = driver.recover(&config.id, None).await.expect("recover") else {
         panic!("was not found running");
     };

@@ -25,10 +25,14 @@ const MAX_BATCH_BYTES: usize = 8 << 20;
 const MAX_LEASES_ENDING: usize = 64;
 /// Most old revisions dropped along with a batch, and in one step when nothing else is to do.
 const TRIM_STEP: usize = 512;
+/// The same when the disk is nearly full.
+const SHORT_TRIM_STEP: usize = 32;
 /// Most commands in one batch when the disk is nearly full: each takes new pages before it gives old ones back.
 const MAX_FREEING_BATCH: usize = 16;
 /// How long the writer waits before it tries again to open a file that failed.
 const REOPEN_RETRY: Duration = Duration::from_secs(1);
+/// How long it waits before it goes on dropping old revisions when the disk is nearly full.
+const SHORT_OF_ROOM_PAUSE: Duration = Duration::from_secs(1);
 /// How long it sleeps when nothing is due. Any command wakes it.
 const IDLE: Duration = Duration::from_secs(3600);
 /// How long a batch may take before health warns.
@@ -198,7 +202,7 @@ impl Writer {
             return now + IDLE;
         }
         if self.trimming {
-            return now;
+            return if self.shared.disk.room.is_short() { now + SHORT_OF_ROOM_PAUSE } else { now };
         }
         self.shared.leases.lock().next_deadline().unwrap_or(now + IDLE)
     }
@@ -211,7 +215,10 @@ impl Writer {
             return;
         }
         let due = self.shared.leases.lock().take_due(Instant::now(), MAX_LEASES_ENDING);
-        batch = self.refuse_without_room(batch);
+        let admission = self.refuse_without_room(&mut batch);
+        if admission == Admission::Nothing {
+            return;
+        }
         if batch.is_empty() && due.is_empty() && !self.trimming {
             return;
         }
@@ -221,24 +228,26 @@ impl Writer {
     }
 
     fn refusal(&self) -> StoreError {
+        if !self.poisoned && self.shared.disk.room.is_short() {
+            return StoreError::Full(self.shared.disk.room.describe());
+        }
         let why = self.shared.trouble.lock().clone().unwrap_or_default();
         self.shared.disk.io_error("writing", why.into())
     }
 
     /// Refuses early what would fill the disk: a write that fails halfway costs a reopening.
-    fn refuse_without_room(&self, batch: Vec<Command>) -> Vec<Command> {
+    fn refuse_without_room(&self, batch: &mut Vec<Command>) -> Admission {
         let needed_bytes: usize = batch.iter().map(Command::size_bytes).sum();
         let admission = self.shared.disk.room.admits(needed_bytes as u64);
-        if admission == Admission::All {
-            return batch;
-        }
-        let freeing = admission == Admission::Freeing;
-        let (kept, refused): (Vec<_>, Vec<_>) =
-            batch.into_iter().partition(|command| freeing && command.frees_room());
-        for command in refused {
+        let refused = |command: &mut Command| match admission {
+            Admission::All => false,
+            Admission::Freeing => !command.frees_room(),
+            Admission::Nothing => true,
+        };
+        for command in batch.extract_if(.., refused) {
             command.refuse(StoreError::Full(self.shared.disk.room.describe()));
         }
-        kept
+        admission
     }
 
     fn write(&mut self, batch: Vec<Command>, due: Vec<LeaseId>) {
@@ -265,6 +274,7 @@ impl Writer {
                 return Err(error);
             }
         };
+        let trim_step = if self.shared.disk.room.is_short() { SHORT_TRIM_STEP } else { TRIM_STEP };
         let mut commands = batch.into_iter();
         let applied = (|| {
             let mut tables = Tables::open(&txn)?;
@@ -279,7 +289,7 @@ impl Writer {
             let (mut meta, revised) = (applier.meta, applier.revised);
             let automatic = meta.revision.saturating_sub(self.tuning.auto_compact_revisions);
             meta.oldest = meta.oldest.max(automatic);
-            let trimmed = trim(&mut tables, meta.oldest, TRIM_STEP)?;
+            let trimmed = trim(&mut tables, meta.oldest, trim_step)?;
             if meta != self.meta {
                 tables.set_meta(meta)?;
             }
@@ -302,7 +312,8 @@ impl Writer {
     }
 
     fn publish(&mut self, applied: Applied) {
-        self.trimming = applied.trimmed == TRIM_STEP;
+        // A step that did not use its limit up found the end.
+        self.trimming = applied.trimmed >= SHORT_TRIM_STEP;
         let moved = applied.meta.revision != self.meta.revision;
         self.meta = applied.meta;
         {
@@ -330,7 +341,8 @@ impl Writer {
     fn fail(&mut self, error: TablesError, answers: Vec<Answer>) {
         let full = is_full(&error);
         let shared = Arc::clone(&self.shared);
-        let why = format!("the last write failed: {error}");
+        let remedy = if full { "make room" } else { "check the disk, then restart" };
+        let why = format!("the last write failed ({error}); {remedy}");
         tracing::error!(dir = %shared.disk.place(), %error, "writing failed");
         *shared.trouble.lock() = Some(why.clone());
         self.failed = true;

@@ -5,4 +5,5 @@ mod embedded;
 mod etcd;
 mod etcd_failures;
 mod full_disk;
+mod io_error;
 mod workload;

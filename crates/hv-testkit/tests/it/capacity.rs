@@ -61,7 +61,10 @@ async fn fill_and_free(cluster: &Cluster) -> Result<()> {
     check_nodes(&instances)?;
     for waiting in instances.iter().filter(|instance| instance.state() == v1::InstanceState::Pending) {
         let reason = &waiting.state_reason;
-        ensure!(reason.starts_with("none of 3 nodes can take it: 3 with fewer than 1 free cores"), "reason: {reason}");
+        ensure!(
+            reason.starts_with("none of 3 nodes can take it: 3 with fewer than 1 free cores"),
+            "reason: {reason}"
+        );
     }
 
     // Freeing room starts the rest; nothing else is asked for.

@@ -10,8 +10,8 @@ use anyhow::{Context, Result, ensure};
 use hv_proto::v1;
 use hv_telemetry::crash::{Point, VARIABLE};
 use hv_testkit::{
-    AgentOptions, Ask, Cluster, ClusterOptions, create_request, image_dir, qemu_processes, skip, until, until_gone,
-    until_settled,
+    AgentOptions, Ask, Cluster, ClusterOptions, create_request, image_dir, qemu_processes, skip, until,
+    until_gone, until_settled,
 };
 
 /// Whose process comes to a point.
@@ -27,7 +27,8 @@ fn owner(point: Point) -> Owner {
 
 /// How often a life comes to a point for different reasons: a start that follows a stop is not the first start.
 fn times(point: Point) -> u32 {
-    let again = ["server.change", "server.report", "agent.assignment", "agent.start", "agent.report", "qemu.start"];
+    let again =
+        ["server.change", "server.report", "agent.assignment", "agent.start", "agent.report", "qemu.start"];
     if again.iter().any(|part| point.name().starts_with(part)) { 2 } else { 1 }
 }
 
@@ -132,7 +133,11 @@ async fn life(supervisor: &mut Supervisor) -> Result<()> {
     let id = supervisor.during(create).await?.id;
     let running = supervisor.during(until_settled(&client, &id, v1::InstanceState::Running)).await?;
     ensure!(running.epoch == 1, "it was bound {} times", running.epoch);
-    ensure!(qemu_processes(&id)?.len() == 1, "not exactly one process after create: {:?}", qemu_processes(&id)?);
+    ensure!(
+        qemu_processes(&id)?.len() == 1,
+        "not exactly one process after create: {:?}",
+        qemu_processes(&id)?
+    );
 
     supervisor.during(Ask::Stop.send(&client, &id, "stop")).await?;
     supervisor.during(until_settled(&client, &id, v1::InstanceState::Stopped)).await?;
@@ -140,7 +145,11 @@ async fn life(supervisor: &mut Supervisor) -> Result<()> {
 
     supervisor.during(Ask::Start.send(&client, &id, "start")).await?;
     supervisor.during(until_settled(&client, &id, v1::InstanceState::Running)).await?;
-    ensure!(qemu_processes(&id)?.len() == 1, "not exactly one process after start: {:?}", qemu_processes(&id)?);
+    ensure!(
+        qemu_processes(&id)?.len() == 1,
+        "not exactly one process after start: {:?}",
+        qemu_processes(&id)?
+    );
 
     supervisor.during(Ask::Delete.send(&client, &id, "delete")).await?;
     supervisor.during(until_gone(&client, &id)).await?;

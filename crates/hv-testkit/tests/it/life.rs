@@ -37,8 +37,11 @@ async fn whole_life(store: TestStore) -> Result<()> {
     };
     let mut cluster = Cluster::start(store.options()).await?;
     for _ in 0..2 {
-        let options =
-            AgentOptions { drivers: vec!["qemu"], image_dir: Some(images.clone()), ..AgentOptions::default() };
+        let options = AgentOptions {
+            drivers: vec!["qemu"],
+            image_dir: Some(images.clone()),
+            ..AgentOptions::default()
+        };
         cluster.add_agent(options).await?;
     }
     cluster.until_ready(2).await?;

@@ -3,5 +3,6 @@
 mod capacity;
 mod crash;
 mod life;
+mod nodes;
 mod readme;
 mod stores;

@@ -38,7 +38,11 @@ async fn take_tour(file: &str) -> Result<()> {
 
 fn commands(text: &str) -> Vec<&str> {
     let blocks = text.split(TOUR).skip(1).filter_map(|rest| rest.split("```").next());
-    blocks.flat_map(str::lines).map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).collect()
+    blocks
+        .flat_map(str::lines)
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .collect()
 }
 
 /// Runs one command by a shell, with the programs in its path and the server in its environment.
@@ -46,12 +50,15 @@ async fn run(cluster: &Cluster, command: &str) -> Result<()> {
     let programs = Program::Ctl.path()?.parent().context("a program without a directory")?.to_path_buf();
     let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap_or_default());
     let mut shell = tokio::process::Command::new("sh");
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("HYPERVISOR_")) {
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("HYPERVISOR_"))
+    {
         shell.env_remove(name);
     }
-    let shell = shell.arg("-ec").arg(command).env("PATH", path).env("HYPERVISOR_CTL_SERVER", cluster.grpc_address()?);
+    let shell =
+        shell.arg("-ec").arg(command).env("PATH", path).env("HYPERVISOR_CTL_SERVER", cluster.grpc_address()?);
     let output = shell.stdin(std::process::Stdio::null()).kill_on_drop(true).output().await?;
-    let shown = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).join("");
+    let shown =
+        [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).join("");
     ensure!(output.status.success(), "`{command}` ended with {}: {shown}", output.status);
     Ok(())
 }

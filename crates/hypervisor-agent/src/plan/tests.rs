@@ -162,13 +162,13 @@ fn settle(
         match next_step(entry, &model.seen, BOOT) {
             Next::Rest(state, _) => return Ok(state),
             Next::Fail(reason) => return Err(reason.into()),
-            Next::Note(note) => crate::worker::remember(entry, note, &model.seen, BOOT),
+            Next::Note(note) => remember(entry, note, &model.seen, BOOT),
             Next::Do(step) => {
                 model.apply(step)?;
                 let is_crash = crash_after == Some(0);
                 crash_after = crash_after.and_then(|left| left.checked_sub(1));
                 if !is_crash {
-                    crate::worker::done(entry, step, entry.serial, None, BOOT);
+                    done(entry, step, entry.serial, None, BOOT);
                 }
             }
         }

@@ -11,8 +11,8 @@ use hv_proto::v1::assignment_service_server::{AssignmentService, AssignmentServi
 use hv_proto::v1::cluster_service_server::{ClusterService, ClusterServiceServer};
 use parking_lot::Mutex;
 use pbjson_types::Empty;
+use tokio::runtime::Runtime;
 use tokio::sync::broadcast;
-use tokio::task::JoinHandle;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
@@ -47,7 +47,8 @@ pub(crate) struct Control {
     pub(crate) state: Arc<Mutex<State>>,
     pub(crate) address: SocketAddr,
     updates: broadcast::Sender<v1::AssignmentsUpdate>,
-    serving: Option<JoinHandle<()>>,
+    /// Of its own, because only dropping it cuts the connections.
+    serving: Option<Runtime>,
 }
 
 impl Control {
@@ -65,27 +66,27 @@ impl Control {
 
     /// Listens, at the same address as before.
     pub(crate) async fn up(&mut self) {
-        let listener = eventually("the port", || {
-            let socket = tokio::net::TcpSocket::new_v4().unwrap();
-            socket.set_reuseaddr(true).unwrap();
-            socket.bind(self.address).ok()?;
-            socket.listen(64).ok()
-        })
-        .await;
+        let listener = eventually("the port", || std::net::TcpListener::bind(self.address).ok()).await;
+        listener.set_nonblocking(true).unwrap();
         self.address = listener.local_addr().unwrap();
         let service = Service { state: Arc::clone(&self.state), updates: self.updates.clone() };
         let router = tonic::transport::Server::builder()
             .add_service(ClusterServiceServer::new(service.clone()))
             .add_service(AssignmentServiceServer::new(service));
-        let serving = router.serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
-        self.serving = Some(tokio::spawn(async move { serving.await.unwrap() }));
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        runtime.spawn(async move {
+            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            router.serve_with_incoming(incoming).await.unwrap();
+        });
+        self.serving = Some(runtime);
     }
 
     /// Stops answering, and cuts every stream.
-    pub(crate) async fn down(&mut self) {
+    pub(crate) fn down(&mut self) {
         if let Some(serving) = self.serving.take() {
-            serving.abort();
-            assert!(serving.await.unwrap_err().is_cancelled());
+            serving.shutdown_background();
         }
         self.updates = broadcast::channel(256).0;
     }
@@ -139,9 +140,7 @@ impl Control {
 
 impl Drop for Control {
     fn drop(&mut self) {
-        if let Some(serving) = &self.serving {
-            serving.abort();
-        }
+        self.down();
     }
 }
 

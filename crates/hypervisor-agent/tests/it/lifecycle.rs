@@ -47,8 +47,14 @@ async fn every_change_of_what_is_wanted_is_followed_and_nothing_is_left_after_de
     control.gone("a").await;
     eventually("the journal is empty", || node.journalled().is_empty().then_some(())).await;
     assert!(node.driver().list().await.unwrap().is_empty());
-    let list = node.client().list_instances(pbjson_types::Empty {}).await.unwrap().into_inner();
-    assert!(list.instances.is_empty());
+    let mut client = node.client();
+    let shown = async {
+        while !client.list_instances(pbjson_types::Empty {}).await.unwrap().into_inner().instances.is_empty()
+        {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(10), shown).await.expect("it is not shown any more");
 }
 
 #[tokio::test]
@@ -107,9 +113,9 @@ async fn instances_outlive_the_agent_and_are_taken_over_untouched() {
     control.settled("b", InstanceState::Running).await;
     for round in 0..2 {
         if round == 0 {
-            node.stop().await
+            node.stop().await;
         } else {
-            node.kill()
+            node.kill();
         }
         node.driver_less_end("b");
         control.state.lock().reports.clear();
@@ -145,7 +151,7 @@ async fn a_node_without_a_server_finishes_what_its_journal_says() {
     let mut node = Node::started(&control).await;
     control.assign(scripted("a", &[("delay-create", "500ms")]));
     eventually("it is in the journal", || (!node.journalled().is_empty()).then_some(())).await;
-    control.down().await;
+    control.down();
     node.kill();
     node.start().await;
     eventually("it is started", || (node.count("a", LedgerEvent::Started) == 1).then_some(())).await;

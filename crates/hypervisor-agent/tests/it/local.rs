@@ -27,7 +27,7 @@ async fn an_instance_of_the_node_alone_lives_without_the_control_plane() {
     let mut control = Control::start().await;
     let mut node = Node::started(&control).await;
     eventually("it registers", || (!control.state.lock().registrations.is_empty()).then_some(())).await;
-    control.down().await;
+    control.down();
     let mut client = node.client();
     let made = client.create_instance(create("mine")).await.unwrap().into_inner();
     assert_eq!((made.state(), made.epoch, made.name.as_str()), (InstanceState::Running, 0, "mine"));
@@ -76,7 +76,7 @@ async fn an_assigned_instance_follows_its_node_until_the_control_plane_says_some
     assert!(refusal.message().contains("hypervisor-ctl instance delete a"), "{refusal}");
 
     // The same order again, with the whole set: it is not newer.
-    control.down().await;
+    control.down();
     control.state.lock().reports.clear();
     control.up().await;
     control.settled("a", InstanceState::Stopped).await;
@@ -202,4 +202,47 @@ async fn health_and_reflection_answer() {
     let service = "hypervisor.v1.AgentService".to_owned();
     let answer = health.check(tonic_health::pb::HealthCheckRequest { service }).await.unwrap().into_inner();
     assert_eq!(answer.status, tonic_health::ServingStatus::Serving as i32);
+}
+
+#[tokio::test]
+async fn with_tls_only_callers_with_a_certificate_of_the_authority_are_served() {
+    let control = Control::start().await;
+    let mut node = Node::new(&control);
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: String| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let authority_key = rcgen::KeyPair::generate().unwrap();
+    let mut authority = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let authority_cert = authority.self_signed(&authority_key).unwrap();
+    let issuer = rcgen::Issuer::new(authority, authority_key);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let cert = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()])
+        .unwrap()
+        .signed_by(&key, &issuer)
+        .unwrap();
+    let ca = write("ca.pem", authority_cert.pem());
+    let (cert, key) = (write("cert.pem", cert.pem()), write("key.pem", key.serialize_pem()));
+    node.config.tls = hypervisor_agent::config::Tls {
+        enabled: true,
+        cert_file: Some(cert.clone()),
+        key_file: Some(key.clone()),
+        ca_file: Some(ca.clone()),
+        client_auth: true,
+    };
+    node.start().await;
+    let list = async |tls| {
+        let options =
+            hv_client::ClientOptions { tls, ..hv_client::ClientOptions::new(node.agent().grpc.to_string()) };
+        let mut client = hv_client::Clients::new(hv_client::channel(&options).unwrap()).agent();
+        client.list_instances(pbjson_types::Empty {}).await.map(|answer| answer.into_inner().instances.len())
+    };
+    let known = hv_client::ClientTls { ca: ca.clone(), cert: Some(cert), key: Some(key), domain: None };
+    let nameless = hv_client::ClientTls { ca, ..Default::default() };
+    assert_eq!(list(Some(known)).await.unwrap(), 0);
+    assert!(list(Some(nameless)).await.is_err());
+    assert!(list(None).await.is_err());
 }

@@ -2,6 +2,7 @@
 
 mod config;
 mod control;
+mod crashes;
 mod failures;
 mod lifecycle;
 mod local;

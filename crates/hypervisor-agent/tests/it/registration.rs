@@ -65,7 +65,7 @@ async fn a_server_that_comes_back_finds_everything_as_it_is() {
     let node = Node::started(&control).await;
     control.assign(assignment("a"));
     control.settled("a", InstanceState::Running).await;
-    control.down().await;
+    control.down();
     eventually("it is seen", || (!node.agent().health.is_ready()).then_some(())).await;
     control.state.lock().assignments.insert("b".into(), assignment("b"));
     control.state.lock().reports.clear();
@@ -79,7 +79,7 @@ async fn a_server_that_comes_back_finds_everything_as_it_is() {
 #[tokio::test]
 async fn an_agent_starts_without_a_server() {
     let mut control = Control::start().await;
-    control.down().await;
+    control.down();
     let node = Node::started(&control).await;
     let failing = eventually("it says why", || {
         let failing = node.agent().health.failing();
@@ -99,7 +99,7 @@ async fn nothing_is_taken_from_a_foreign_cluster() {
     control.assign(assignment("a"));
     control.settled("a", InstanceState::Running).await;
     node.stop().await;
-    control.down().await;
+    control.down();
     {
         let mut state = control.state.lock();
         state.cluster_id = "cluster-2".into();

@@ -29,7 +29,7 @@ async fn an_instance_that_is_bound_elsewhere_by_now_is_removed_on_release() {
     control.settled("a", InstanceState::Running).await;
     control.settled("b", InstanceState::Running).await;
     node.stop().await;
-    control.down().await;
+    control.down();
     control.state.lock().assignments.remove("a");
     control.up().await;
     node.start().await;
@@ -132,7 +132,7 @@ async fn that_it_is_gone_is_said_until_it_is_known() {
     control.want("a", InstanceWanted::Deleted);
     control.gone("a").await;
     assert_eq!(node.journalled(), ["a.json"]);
-    control.down().await;
+    control.down();
     node.kill();
     node.start().await;
     control.state.lock().retries = 0;

@@ -44,7 +44,8 @@ pub(crate) fn selector_of(selectors: &[Pairs]) -> HashMap<String, String> {
 }
 
 pub(super) fn instance_type(text: &str) -> Result<InstanceType, String> {
-    InstanceType::from_str(&text.to_ascii_lowercase()).map_err(|_| "expected vm, container or microvm".to_owned())
+    InstanceType::from_str(&text.to_ascii_lowercase())
+        .map_err(|_| "expected vm, container or microvm".to_owned())
 }
 
 pub(super) fn instance_state(text: &str) -> Result<InstanceState, String> {
@@ -65,10 +66,13 @@ pub(super) fn memory(text: &str) -> Result<ByteSize, String> {
     const EXPECTED: &str = "expected a number of MiB, or a size with one of the units KiB, MiB, GiB, TiB, at least \
                             4MiB, as 512, 512MiB or 1GiB";
     let size = match text.parse::<u64>() {
-        Ok(mib) => mib.checked_mul(1 << 20).filter(|bytes| *bytes <= ByteSize::MAX.bytes()).map(ByteSize::from_bytes),
+        Ok(mib) => {
+            mib.checked_mul(1 << 20).filter(|bytes| *bytes <= ByteSize::MAX.bytes()).map(ByteSize::from_bytes)
+        }
         Err(_) => text.parse().ok(),
     };
-    size.filter(|size| size.bytes() >= hv_types::instance::spec::MIN_MEMORY_BYTES).ok_or_else(|| EXPECTED.to_owned())
+    size.filter(|size| size.bytes() >= hv_types::instance::spec::MIN_MEMORY_BYTES)
+        .ok_or_else(|| EXPECTED.to_owned())
 }
 
 pub(super) fn pair(text: &str) -> Result<Pair, String> {
@@ -98,7 +102,8 @@ pub(super) fn disk(text: &str) -> Result<v1::DiskSpec, String> {
         match part.split_once('=').unwrap_or((part, "")) {
             ("name", name) if !name.is_empty() => disk.name = name.to_owned(),
             ("size", size) => {
-                let size: ByteSize = size.parse().map_err(|error: hv_config::ValueError| error.to_string())?;
+                let size: ByteSize =
+                    size.parse().map_err(|error: hv_config::ValueError| error.to_string())?;
                 disk.size_bytes = i64::try_from(size.bytes()).unwrap_or(i64::MAX);
             }
             ("type", kind @ ("ssd" | "hdd" | "nvme")) => disk.r#type = kind.to_owned(),
@@ -134,7 +139,8 @@ pub(super) fn event_object(text: &str) -> Result<EventObject, String> {
         Some(("node", _)) => Some("node"),
         _ => None,
     };
-    let reference = text.split_once('/').map(|(_, reference)| reference).filter(|reference| !reference.is_empty());
+    let reference =
+        text.split_once('/').map(|(_, reference)| reference).filter(|reference| !reference.is_empty());
     kind.zip(reference)
         .map(|(kind, reference)| EventObject { kind, reference: reference.to_owned() })
         .ok_or_else(|| "expected instance/NAME or node/NAME".to_owned())
@@ -148,7 +154,9 @@ pub(super) fn detach_key(text: &str) -> Result<DetachKey, String> {
     let key = lower.strip_prefix("ctrl-").or_else(|| lower.strip_prefix('^')).map(str::as_bytes);
     match key {
         // A control character is the key's code without its two high bits (ECMA-48, section 5.2).
-        Some([key @ (b'a'..=b'z' | b'[' | b'\\' | b']' | b'^' | b'_' | b'@')]) => Ok(DetachKey(Some(key & 0x1f))),
+        Some([key @ (b'a'..=b'z' | b'[' | b'\\' | b']' | b'^' | b'_' | b'@')]) => {
+            Ok(DetachKey(Some(key & 0x1f)))
+        }
         _ => Err("expected ctrl- and a letter or one of [ \\ ] ^ _ @, as ctrl-], or none".to_owned()),
     }
 }

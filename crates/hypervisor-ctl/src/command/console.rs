@@ -9,8 +9,8 @@ use tokio::sync::mpsc;
 use tokio::time::{Duration, Instant};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::stdin::{self, End, QUEUE};
 use super::Context;
+use super::stdin::{self, End, QUEUE};
 use crate::cli::ConsoleArgs;
 use crate::error::{CtlError, exit_code};
 use crate::output::text::escape;
@@ -19,7 +19,11 @@ use crate::reference;
 use crate::terminal::{self, RawMode};
 use crate::wait::deadline;
 
-pub(super) async fn run(context: &Context, only: Option<InstanceType>, args: &ConsoleArgs) -> Result<u8, CtlError> {
+pub(super) async fn run(
+    context: &Context,
+    only: Option<InstanceType>,
+    args: &ConsoleArgs,
+) -> Result<u8, CtlError> {
     let server = &context.server;
     let target = reference::instance(server, only, &args.name).await?;
     let name = escape(&target.name);
@@ -199,7 +203,8 @@ impl Needle {
 
     fn seen(&mut self, bytes: &[u8]) -> bool {
         self.tail.extend_from_slice(bytes);
-        let found = self.text.is_empty() || self.tail.windows(self.text.len()).any(|window| window == self.text);
+        let found =
+            self.text.is_empty() || self.tail.windows(self.text.len()).any(|window| window == self.text);
         let keep = self.text.len().saturating_sub(1).min(self.tail.len());
         self.tail.drain(..self.tail.len() - keep);
         found

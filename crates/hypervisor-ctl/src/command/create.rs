@@ -20,7 +20,11 @@ use crate::server::RequestKeys;
 use crate::show::instance::state_name;
 use crate::wait::{Goal, Wait, deadline};
 
-pub(super) async fn run(context: &Context, only: Option<InstanceType>, args: &CreateArgs) -> Result<u8, CtlError> {
+pub(super) async fn run(
+    context: &Context,
+    only: Option<InstanceType>,
+    args: &CreateArgs,
+) -> Result<u8, CtlError> {
     let server = &context.server;
     let mut request = request(only, args)?;
     if let Some(name) = &args.node {

@@ -11,7 +11,12 @@ const NAME: &str = "hypervisor-ctl";
 
 pub(crate) fn completion(args: &CompletionArgs) -> Result<u8, CtlError> {
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut <cli::Cli as clap::CommandFactory>::command(), NAME, &mut script);
+    clap_complete::generate(
+        args.shell,
+        &mut <cli::Cli as clap::CommandFactory>::command(),
+        NAME,
+        &mut script,
+    );
     write_stdout(&script)?;
     Ok(exit_code::OK)
 }
@@ -30,9 +35,13 @@ pub(crate) fn man(args: &ManArgs) -> Result<u8, CtlError> {
 
 fn pages(command: &clap::Command, name: &str, directory: &Path) -> Result<(), CtlError> {
     let path = directory.join(format!("{name}.1"));
-    std::fs::write(&path, page(command, name)?)
-        .map_err(|source| CtlError::File { action: "write", path: path.clone(), source })?;
-    for child in command.get_subcommands().filter(|child| !child.is_hide_set() && child.get_name() != "help") {
+    std::fs::write(&path, page(command, name)?).map_err(|source| CtlError::File {
+        action: "write",
+        path: path.clone(),
+        source,
+    })?;
+    for child in command.get_subcommands().filter(|child| !child.is_hide_set() && child.get_name() != "help")
+    {
         pages(child, &format!("{name}-{}", child.get_name()), directory)?;
     }
     Ok(())

@@ -24,7 +24,11 @@ const REMEMBERED: usize = 4096;
 
 /// The last events of one object, as the end of its description.
 pub(super) async fn of(context: &Context, kind: &str, id: &str) -> Result<(), CtlError> {
-    let filter = v1::ListEventsRequest { object_kind: kind.to_owned(), object_id: id.to_owned(), ..Default::default() };
+    let filter = v1::ListEventsRequest {
+        object_kind: kind.to_owned(),
+        object_id: id.to_owned(),
+        ..Default::default()
+    };
     let events = list(context, &filter, DESCRIBED_EVENTS).await?;
     if events.is_empty() {
         return Ok(());
@@ -73,7 +77,11 @@ async fn object_id(context: &Context, object: &crate::cli::value::EventObject) -
 }
 
 /// The newest events that match, oldest first.
-async fn list(context: &Context, filter: &v1::ListEventsRequest, most: u32) -> Result<Vec<v1::Event>, CtlError> {
+async fn list(
+    context: &Context,
+    filter: &v1::ListEventsRequest,
+    most: u32,
+) -> Result<Vec<v1::Event>, CtlError> {
     let server = &context.server;
     let mut events: Vec<v1::Event> = Vec::new();
     let mut request = filter.clone();
@@ -105,12 +113,14 @@ async fn watch(context: &Context, filter: &v1::ListEventsRequest, tail: u32) -> 
         object_id: filter.object_id.clone(),
         warnings_only: filter.warnings_only,
     };
-    let mut table = EventTable::new(context.output);
+    let mut table = EventTable::for_watch(context.output);
     let mut printed = Printed::default();
     let mut stream = server.call(async || server.cluster().watch_events(request.clone()).await).await?;
     let mut past = tail;
     loop {
-        let events = list(context, filter, past).await?;
+        let mut events = list(context, filter, past).await?;
+        // What is older than the last one printed was left out on purpose. Ids sort by time.
+        events.retain(|event| event.id > printed.newest);
         print(context, &mut table, printed.new_ones(events))?;
         while let Ok(Some(event)) = stream.message().await {
             print(context, &mut table, printed.new_ones(vec![event]))?;
@@ -150,7 +160,9 @@ fn print(context: &Context, table: &mut EventTable, events: Vec<v1::Event>) -> R
             events.iter().try_for_each(|event| context.output.event("the event", event))
         }
         OutputFormat::Name => names(context, &events),
-        OutputFormat::Table | OutputFormat::Wide => context.output.print(&table.render(&events, SystemTime::now())),
+        OutputFormat::Table | OutputFormat::Wide => {
+            context.output.print(&table.render(&events, SystemTime::now()))
+        }
     }
 }
 
@@ -159,6 +171,8 @@ fn print(context: &Context, table: &mut EventTable, events: Vec<v1::Event>) -> R
 struct Printed {
     ids: HashSet<String>,
     order: VecDeque<String>,
+    /// The id that sorts last; empty before the first.
+    newest: String,
 }
 
 impl Printed {
@@ -166,6 +180,7 @@ impl Printed {
         let mut fresh = events;
         fresh.retain(|event| self.ids.insert(event.id.clone()));
         for event in &fresh {
+            self.newest = self.newest.clone().max(event.id.clone());
             self.order.push_back(event.id.clone());
             if self.order.len() > REMEMBERED
                 && let Some(oldest) = self.order.pop_front()

@@ -107,7 +107,7 @@ pub(super) async fn instances(
     let watch = Watch {
         context,
         noun,
-        rows: InstanceTable::new(context.output),
+        rows: InstanceTable::for_watch(context.output),
         // The watch cannot be asked for a state.
         keep: move |instance: &v1::Instance| state == 0 || instance.state == state,
         known: BTreeMap::new(),
@@ -129,7 +129,7 @@ pub(super) async fn instance(context: &Context, noun: &str, target: &v1::Instanc
     let watch = Watch {
         context,
         noun,
-        rows: InstanceTable::new(context.output),
+        rows: InstanceTable::for_watch(context.output),
         keep: |_: &v1::Instance| true,
         known: BTreeMap::new(),
         // One object needs no table of its own.
@@ -137,8 +137,7 @@ pub(super) async fn instance(context: &Context, noun: &str, target: &v1::Instanc
         last_revision: 0,
         ends_with_deletion: true,
     };
-    let request =
-        |from_revision| v1::WatchInstanceRequest { instance_id: target.id.clone(), from_revision };
+    let request = |from_revision| v1::WatchInstanceRequest { instance_id: target.id.clone(), from_revision };
     watch.run(async |from| context.server.compute().watch_instance(request(from)).await).await
 }
 
@@ -170,7 +169,7 @@ async fn watch_nodes(
     let watch = Watch {
         context,
         noun: "node",
-        rows: NodeTable::new(context.output),
+        rows: NodeTable::for_watch(context.output),
         keep,
         known: BTreeMap::new(),
         initial: Some(BTreeMap::new()),
@@ -304,8 +303,12 @@ impl<T: Watched, R: Rows<T>, K: Fn(&T) -> bool> Watch<'_, T, R, K> {
         if self.streams() {
             return Ok(());
         }
-        let gone: Vec<T> =
-            self.known.iter().filter(|(id, _)| !initial.contains_key(*id)).map(|(_, known)| known.clone()).collect();
+        let gone: Vec<T> = self
+            .known
+            .iter()
+            .filter(|(id, _)| !initial.contains_key(*id))
+            .map(|(_, known)| known.clone())
+            .collect();
         for object in gone {
             self.known.remove(object.id());
             self.print_gone(&object, None)?;
@@ -347,7 +350,9 @@ impl<T: Watched, R: Rows<T>, K: Fn(&T) -> bool> Watch<'_, T, R, K> {
 
     fn print_gone(&mut self, object: &T, event: Option<&T::Event>) -> Result<(), CtlError> {
         match (self.context.output.format, event) {
-            (OutputFormat::Json | OutputFormat::Yaml, Some(event)) => self.context.output.event("the event", event),
+            (OutputFormat::Json | OutputFormat::Yaml, Some(event)) => {
+                self.context.output.event("the event", event)
+            }
             (OutputFormat::Json | OutputFormat::Yaml | OutputFormat::Name, _) => Ok(()),
             (OutputFormat::Table | OutputFormat::Wide, _) => {
                 let text = self.rows.gone(object);

@@ -31,7 +31,8 @@ pub(super) async fn run(
         InstanceCommand::Create(args) => create::run(context, only, &args).await,
         InstanceCommand::Start(args) => change::run(context, only, &args, change::Verb::Start).await,
         InstanceCommand::Stop(args) => {
-            let seconds = args.grace.map_or(0, |grace| i32::try_from(grace.get().as_secs()).unwrap_or(i32::MAX));
+            let seconds =
+                args.grace.map_or(0, |grace| i32::try_from(grace.get().as_secs()).unwrap_or(i32::MAX));
             let verb = change::Verb::Stop { force: args.force, timeout_seconds: seconds };
             change::run(context, only, &args.target, verb).await
         }
@@ -110,7 +111,9 @@ async fn list(context: &Context, only: Option<InstanceType>, args: &ListArgs) ->
     }
     match context.output.format {
         OutputFormat::Json | OutputFormat::Yaml => context.output.message("the instances", &all)?,
-        OutputFormat::Table | OutputFormat::Wide if count == 0 => context.note(&format!("no {}s found", noun(kind))),
+        OutputFormat::Table | OutputFormat::Wide if count == 0 => {
+            context.note(&format!("no {}s found", noun(kind)));
+        }
         OutputFormat::Table | OutputFormat::Wide | OutputFormat::Name => {}
     }
     Ok(exit_code::OK)
@@ -123,7 +126,9 @@ async fn get(context: &Context, only: Option<InstanceType>, args: &GetArgs) -> R
     }
     if args.watch {
         let [instance] = &instances[..] else {
-            return Err(CtlError::Usage("--watch takes one name; to watch several use `list --watch`".to_owned()));
+            return Err(CtlError::Usage(
+                "--watch takes one name; to watch several use `list --watch`".to_owned(),
+            ));
         };
         return follow::instance(context, noun(only), instance).await;
     }
@@ -140,7 +145,10 @@ pub(super) fn print(context: &Context, noun: &str, mut instances: Vec<v1::Instan
         }
         OutputFormat::Json | OutputFormat::Yaml => {
             let total_count = i32::try_from(instances.len()).unwrap_or(i32::MAX);
-            output.message("the instances", &v1::ListInstancesResponse { instances, total_count, ..Default::default() })
+            output.message(
+                "the instances",
+                &v1::ListInstancesResponse { instances, total_count, ..Default::default() },
+            )
         }
         OutputFormat::Name => names(context, noun, &instances),
         OutputFormat::Table | OutputFormat::Wide => {
@@ -150,7 +158,8 @@ pub(super) fn print(context: &Context, noun: &str, mut instances: Vec<v1::Instan
 }
 
 fn names(context: &Context, noun: &str, instances: &[v1::Instance]) -> Result<(), CtlError> {
-    let lines: String = instances.iter().map(|instance| format!("{noun}/{}\n", escape(&instance.name))).collect();
+    let lines: String =
+        instances.iter().map(|instance| format!("{noun}/{}\n", escape(&instance.name))).collect();
     context.output.print(&lines)
 }
 

@@ -73,13 +73,16 @@ async fn list(context: &Context, args: &NodeListArgs) -> Result<u8, CtlError> {
 fn print(context: &Context, mut nodes: Vec<v1::Node>) -> Result<(), CtlError> {
     let output = context.output;
     match output.format {
-        OutputFormat::Json | OutputFormat::Yaml if nodes.len() == 1 => output.message("the node", &nodes.remove(0)),
+        OutputFormat::Json | OutputFormat::Yaml if nodes.len() == 1 => {
+            output.message("the node", &nodes.remove(0))
+        }
         OutputFormat::Json | OutputFormat::Yaml => {
             let total_count = i32::try_from(nodes.len()).unwrap_or(i32::MAX);
             output.message("the nodes", &v1::ListNodesResponse { nodes, total_count, ..Default::default() })
         }
         OutputFormat::Name => {
-            let lines: String = nodes.iter().map(|node| format!("node/{}\n", escape(&node.hostname))).collect();
+            let lines: String =
+                nodes.iter().map(|node| format!("node/{}\n", escape(&node.hostname))).collect();
             output.print(&lines)
         }
         OutputFormat::Table | OutputFormat::Wide => {
@@ -95,7 +98,9 @@ async fn get(context: &Context, args: &GetArgs) -> Result<u8, CtlError> {
     }
     if args.watch {
         let [node] = &nodes[..] else {
-            return Err(CtlError::Usage("--watch takes one name; to watch several use `list --watch`".to_owned()));
+            return Err(CtlError::Usage(
+                "--watch takes one name; to watch several use `list --watch`".to_owned(),
+            ));
         };
         return follow::node(context, node).await;
     }
@@ -122,7 +127,8 @@ async fn page(context: &Context, args: &NameArgs) -> Result<u8, CtlError> {
     let mut page = describe(&node, context.output, SystemTime::now());
     if !instances.instances.is_empty() {
         page.heading(0, "Instances");
-        let mut table = InstanceTable::new(crate::output::Output { format: OutputFormat::Table, ..context.output });
+        let mut table =
+            InstanceTable::new(crate::output::Output { format: OutputFormat::Table, ..context.output });
         page.block(1, &table.render(&instances.instances, SystemTime::now()));
         if !instances.next_page_token.is_empty() {
             page.block(1, &format!("… of {}", instances.total_count));
@@ -150,7 +156,11 @@ async fn cordon(context: &Context, args: &NodeNamesArgs, on: bool) -> Result<u8,
             let request = v1::UncordonNodeRequest { node_id, request_key };
             server.call(async || server.cluster().uncordon_node(request.clone()).await).await?
         };
-        context.output.confirm(format!("node {} is {}", escape(&node.hostname), status_name(node.status())))?;
+        context.output.confirm(format!(
+            "node {} is {}",
+            escape(&node.hostname),
+            status_name(node.status())
+        ))?;
         done.push(node);
     }
     if !context.output.format.is_for_people() {
@@ -183,7 +193,10 @@ async fn drain(context: &Context, args: &DrainArgs) -> Result<u8, CtlError> {
         let pause = pause_before(attempt);
         if Instant::now() + pause >= end {
             return Err(CtlError::TimedOut {
-                what: format!("{moving} instances are still being moved off node {}", escape(&target.hostname)),
+                what: format!(
+                    "{moving} instances are still being moved off node {}",
+                    escape(&target.hostname)
+                ),
                 after: server.timeout,
                 hint: "; the drain goes on, repeat the command to see what is left".to_owned(),
             });
@@ -202,7 +215,8 @@ fn drained(context: &Context, answer: &v1::DrainNodeResponse) -> Result<u8, CtlE
         OutputFormat::Name => context.output.line(format!("node/{name}"))?,
         OutputFormat::Table | OutputFormat::Wide => {
             let moving = answer.moving_instance_ids.len();
-            let left = if moving == 0 { String::new() } else { format!(", {moving} instances are being moved") };
+            let left =
+                if moving == 0 { String::new() } else { format!(", {moving} instances are being moved") };
             context.output.confirm(format!("node {name} is {}{left}", status_name(node.status())))?;
         }
     }

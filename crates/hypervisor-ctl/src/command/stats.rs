@@ -11,7 +11,11 @@ use crate::output::{OutputFormat, write_stdout};
 use crate::reference;
 use crate::show::instance::{stats_row, stats_table};
 
-pub(super) async fn run(context: &Context, only: Option<InstanceType>, args: &StatsArgs) -> Result<u8, CtlError> {
+pub(super) async fn run(
+    context: &Context,
+    only: Option<InstanceType>,
+    args: &StatsArgs,
+) -> Result<u8, CtlError> {
     let server = &context.server;
     let mut targets = Vec::new();
     for name in &args.names {
@@ -22,14 +26,19 @@ pub(super) async fn run(context: &Context, only: Option<InstanceType>, args: &St
         let mut rows = Vec::new();
         for target in &targets {
             let request = v1::GetInstanceStatsRequest { instance_id: target.id.clone() };
-            let stats = server.call(async || server.compute().get_instance_stats(request.clone()).await).await?;
+            let stats =
+                server.call(async || server.compute().get_instance_stats(request.clone()).await).await?;
             match context.output.format {
                 OutputFormat::Json | OutputFormat::Yaml if args.watch || targets.len() > 1 => {
                     context.output.event("the statistics", &stats)?;
                 }
-                OutputFormat::Json | OutputFormat::Yaml => context.output.message("the statistics", &stats)?,
+                OutputFormat::Json | OutputFormat::Yaml => {
+                    context.output.message("the statistics", &stats)?;
+                }
                 OutputFormat::Name => context.output.line(format!("instance/{}", escape(&target.name)))?,
-                OutputFormat::Table | OutputFormat::Wide => rows.push(stats_row(context.output, &target.name, &stats)),
+                OutputFormat::Table | OutputFormat::Wide => {
+                    rows.push(stats_row(context.output, &target.name, &stats));
+                }
             }
         }
         if !rows.is_empty() {
@@ -43,7 +52,11 @@ pub(super) async fn run(context: &Context, only: Option<InstanceType>, args: &St
 }
 
 /// Prints bytes as the instance printed them.
-pub(super) async fn logs(context: &Context, only: Option<InstanceType>, args: &LogsArgs) -> Result<u8, CtlError> {
+pub(super) async fn logs(
+    context: &Context,
+    only: Option<InstanceType>,
+    args: &LogsArgs,
+) -> Result<u8, CtlError> {
     let server = &context.server;
     let target = reference::instance(server, only, &args.name).await?;
     let request = v1::GetInstanceLogsRequest {

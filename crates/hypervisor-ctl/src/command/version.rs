@@ -29,7 +29,8 @@ pub(crate) fn client_only(output: Output) -> Result<u8, CtlError> {
 
 /// The same, and the server's.
 pub(crate) async fn with_server(context: &Context) -> Result<u8, CtlError> {
-    let info = context.server.call(async || context.server.cluster().get_cluster_info(pbjson_types::Empty {}).await);
+    let info =
+        context.server.call(async || context.server.cluster().get_cluster_info(pbjson_types::Empty {}).await);
     let server = info.await.map(|info| Version { version: info.version });
     let (server, failed) = match server {
         Ok(version) => (Some(version), None),
@@ -41,10 +42,15 @@ pub(crate) async fn with_server(context: &Context) -> Result<u8, CtlError> {
 
 fn print(output: Output, versions: &Versions) -> Result<u8, CtlError> {
     if output.format.is_for_people() || output.format == crate::output::OutputFormat::Name {
-        let server = versions.server.as_ref().map(|server| {
-            format!("hypervisor-server {}\n", crate::output::text::escape(&server.version))
-        });
-        output.print(&format!("hypervisor-ctl {}\n{}", versions.client.version, server.unwrap_or_default()))?;
+        let server = versions
+            .server
+            .as_ref()
+            .map(|server| format!("hypervisor-server {}\n", crate::output::text::escape(&server.version)));
+        output.print(&format!(
+            "hypervisor-ctl {}\n{}",
+            versions.client.version,
+            server.unwrap_or_default()
+        ))?;
     } else {
         output.message("the versions", versions)?;
     }

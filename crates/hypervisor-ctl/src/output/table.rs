@@ -75,6 +75,16 @@ impl Table {
         Self { titles, widths, titled: false, colours }
     }
 
+    /// Makes columns so wide from the beginning, for rows that are not known yet.
+    pub(crate) fn reserve(&mut self, columns: &[(&str, usize)]) {
+        for (title, wanted) in columns {
+            let found = self.titles.iter().position(|known| known == title);
+            if let Some(width) = found.and_then(|index| self.widths.get_mut(index)) {
+                *width = (*width).max(*wanted);
+            }
+        }
+    }
+
     /// The rows as lines, under the titles if they were not yet printed. An empty cell shows as `-`.
     pub(crate) fn render(&mut self, rows: &[Vec<Cell>]) -> String {
         for row in rows {
@@ -122,7 +132,10 @@ mod tests {
              a-long-name   RUNNING   1m\n\
              b             -         2m\n"
         );
-        assert_eq!(table.render(&[vec!["c".into(), "X".into(), "3m".into()]]), "c             X         3m\n");
+        assert_eq!(
+            table.render(&[vec!["c".into(), "X".into(), "3m".into()]]),
+            "c             X         3m\n"
+        );
     }
 
     #[test]

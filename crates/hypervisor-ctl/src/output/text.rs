@@ -14,7 +14,10 @@ const WHOLE_ID_CHARS: usize = 20;
 
 /// Text without control characters: a name or a message must not be able to steer the terminal.
 pub(crate) fn escape(text: &str) -> String {
-    let steers = |c: char| c.is_control() || matches!(c, '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let steers = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
         if steers(c) { escaped.extend(c.escape_default()) } else { escaped.push(c) }
@@ -27,9 +30,14 @@ pub(crate) fn escape_lines(text: &str) -> String {
     text.split('\n').map(escape).collect::<Vec<_>>().join("\n")
 }
 
+/// Whether a moment is more than the wire's zero, which stands for one that nobody has set.
+fn is_set(stamp: &Timestamp) -> bool {
+    stamp.seconds > 0
+}
+
 /// How long ago, in one or two units.
 pub(crate) fn age(then: Option<&Timestamp>, now: SystemTime) -> String {
-    let Some(then) = then else { return String::new() };
+    let Some(then) = then.filter(|then| is_set(then)) else { return String::new() };
     // A server whose clock is ahead: nothing is older than nothing.
     span(now.duration_since(from_timestamp(then)).unwrap_or_default())
 }
@@ -75,15 +83,17 @@ pub(crate) fn size(bytes: i64) -> String {
 
 /// A moment, in UTC (RFC 3339).
 pub(crate) fn moment(stamp: Option<&Timestamp>) -> String {
-    let text = stamp.and_then(|stamp| serde_json::to_value(stamp).ok());
+    let text = stamp.filter(|stamp| is_set(stamp)).and_then(|stamp| serde_json::to_value(stamp).ok());
     let text = text.as_ref().and_then(serde_json::Value::as_str).unwrap_or_default();
-    let (whole, zone) = (text.split(['.', '+', 'Z']).next().unwrap_or_default(), if text.is_empty() { "" } else { "Z" });
+    let (whole, zone) =
+        (text.split(['.', '+', 'Z']).next().unwrap_or_default(), if text.is_empty() { "" } else { "Z" });
     format!("{whole}{zone}")
 }
 
 /// Labels in the order of their keys: `a=b,c=d`.
 pub(crate) fn labels(labels: &HashMap<String, String>) -> String {
-    let mut pairs: Vec<String> = labels.iter().map(|(key, value)| escape(&format!("{key}={value}"))).collect();
+    let mut pairs: Vec<String> =
+        labels.iter().map(|(key, value)| escape(&format!("{key}={value}"))).collect();
     pairs.sort();
     pairs.join(",")
 }
@@ -100,7 +110,11 @@ pub(crate) fn short_ids<'a>(ids: impl IntoIterator<Item = &'a str>) -> usize {
 
 /// The id, cut to what [`short_ids`] found; one that people chose stays whole.
 pub(crate) fn short_id(id: &str, chars: usize) -> String {
-    if id.chars().count() <= WHOLE_ID_CHARS { escape(id) } else { escape(&id.chars().take(chars).collect::<String>()) }
+    if id.chars().count() <= WHOLE_ID_CHARS {
+        escape(id)
+    } else {
+        escape(&id.chars().take(chars).collect::<String>())
+    }
 }
 
 #[cfg(test)]
@@ -129,8 +143,13 @@ mod tests {
             assert_eq!(span(Duration::from_secs(seconds)), expected);
         }
         let now = SystemTime::UNIX_EPOCH;
-        assert_eq!(age(Some(&Timestamp { seconds: 5, nanos: 0 }), now), "0s", "the server's clock may be ahead");
+        assert_eq!(
+            age(Some(&Timestamp { seconds: 5, nanos: 0 }), now),
+            "0s",
+            "the server's clock may be ahead"
+        );
         assert_eq!(age(None, now), "");
+        assert_eq!(age(Some(&Timestamp { seconds: 0, nanos: 0 }), now), "", "nobody has set it");
     }
 
     #[test]

@@ -26,6 +26,13 @@ impl EventTable {
         Self { table: Table::new(titles, output.colours), wide }
     }
 
+    /// For a watch: leaves room for what will come.
+    pub(crate) fn for_watch(output: Output) -> Self {
+        let mut watch = Self::new(output);
+        watch.table.reserve(&[("LEVEL", 7), ("REASON", 16), ("OBJECT", 18)]);
+        watch
+    }
+
     /// The rows as lines.
     pub(crate) fn render(&mut self, events: &[v1::Event], now: SystemTime) -> String {
         let rows: Vec<Vec<Cell>> = events.iter().map(|event| self.row(event, now)).collect();
@@ -36,8 +43,12 @@ impl EventTable {
         let name = if event.object_name.is_empty() { &event.object_id } else { &event.object_name };
         let when = if self.wide { moment(event.at.as_ref()) } else { age(event.at.as_ref(), now) };
         let level = if event.warning { Cell::toned("warning", Tone::Busy) } else { "normal".into() };
-        let mut row: Vec<Cell> =
-            vec![when.into(), level, escape(&event.reason).into(), escape(&format!("{}/{name}", event.object_kind)).into()];
+        let mut row: Vec<Cell> = vec![
+            when.into(),
+            level,
+            escape(&event.reason).into(),
+            escape(&format!("{}/{name}", event.object_kind)).into(),
+        ];
         if self.wide {
             row.extend([Cell::from(escape(&event.source)), escape(&event.request_id).into()]);
         }

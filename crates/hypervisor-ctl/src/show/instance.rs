@@ -28,6 +28,13 @@ impl InstanceTable {
         Self { table: Table::new(titles, output.colours), wide, id_chars: 0 }
     }
 
+    /// For a watch: leaves room for the states that will come.
+    pub(crate) fn for_watch(output: Output) -> Self {
+        let mut watch = Self::new(output);
+        watch.table.reserve(&[("NAME", 12), ("STATE", 8), ("NODE", 13), ("IP", 12)]);
+        watch
+    }
+
     /// The rows as lines.
     pub(crate) fn render(&mut self, instances: &[v1::Instance], now: SystemTime) -> String {
         self.id_chars = self.id_chars.max(short_ids(instances.iter().map(|instance| instance.id.as_str())));
@@ -48,7 +55,8 @@ impl InstanceTable {
             escape(&instance.name).into(),
             type_name(instance.r#type()).into(),
             Cell::toned(state_name(instance.state()), tone(instance.state())),
-            if self.wide { escape(&instance.node_id) } else { short_id(&instance.node_id, self.id_chars) }.into(),
+            if self.wide { escape(&instance.node_id) } else { short_id(&instance.node_id, self.id_chars) }
+                .into(),
             escape(&instance.ip_address).into(),
             age(instance.created_at.as_ref(), now).into(),
         ];
@@ -116,7 +124,8 @@ pub(crate) fn describe(instance: &v1::Instance, node_name: &str, output: Output)
     page.line(0, "State", tone(state).paint(state_name(state), output.colours));
     page.some(0, "Reason", escape(&instance.state_reason));
     page.some(0, "Wanted", wanted_name(instance.wanted()));
-    let progress = if instance.observed_generation >= instance.generation { "settled" } else { "in progress" };
+    let progress =
+        if instance.observed_generation >= instance.generation { "settled" } else { "in progress" };
     page.line(
         0,
         "Generation",
@@ -128,7 +137,7 @@ pub(crate) fn describe(instance: &v1::Instance, node_name: &str, output: Output)
         name => format!("{} ({})", escape(name), escape(&instance.node_id)),
     };
     page.line(0, "Node", node);
-    page.line(0, "Bound", format!("{} times", instance.epoch));
+    page.line(0, "Epoch", format!("{} (how often it was bound to a node)", instance.epoch));
     page.line(0, "IP", escape(&instance.ip_address));
     page.line(0, "Created", moment(instance.created_at.as_ref()));
     page.some(0, "Started", moment(instance.started_at.as_ref()));

@@ -21,11 +21,19 @@ pub(crate) struct NodeTable {
 impl NodeTable {
     pub(crate) fn new(output: Output) -> Self {
         let wide = output.format == OutputFormat::Wide;
-        let mut titles = vec!["ID", "NAME", "STATUS", "CPUS", "MEMORY", "INSTANCES", "TYPES", "LAST SEEN", "AGE"];
+        let mut titles =
+            vec!["ID", "NAME", "STATUS", "CPUS", "MEMORY", "INSTANCES", "TYPES", "LAST SEEN", "AGE"];
         if wide {
             titles.extend(["ADDRESS", "ROLE", "REGION", "ZONE", "VERSION", "LABELS"]);
         }
         Self { table: Table::new(titles, output.colours), wide, id_chars: 0 }
+    }
+
+    /// For a watch: leaves room for the states that will come.
+    pub(crate) fn for_watch(output: Output) -> Self {
+        let mut watch = Self::new(output);
+        watch.table.reserve(&[("STATUS", 11), ("MEMORY", 16)]);
+        watch
     }
 
     /// The rows as lines.
@@ -120,7 +128,8 @@ pub(crate) fn describe(node: &v1::Node, output: Output, now: SystemTime) -> Page
     page.line(1, "Allocatable", resources(node.allocatable.as_ref()));
     page.line(1, "Allocated", resources(node.allocated.as_ref()));
     if let Some(usage) = &node.usage {
-        let used = format!("{:.1} cores, {} memory", usage.cpu_usage_percent / 100.0, size(usage.memory_used_bytes));
+        let used =
+            format!("{:.1} cores, {} memory", usage.cpu_usage_percent / 100.0, size(usage.memory_used_bytes));
         page.line(1, "In use", format!("{used}, {} disk", size(usage.disk_used_bytes)));
     }
     pairs(&mut page, 0, "Labels", node.metadata.as_ref().map(|metadata| &metadata.labels));
@@ -131,7 +140,8 @@ pub(crate) fn describe(node: &v1::Node, output: Output, now: SystemTime) -> Page
 
 fn describe_health(page: &mut Page, node: &v1::Node, output: Output, now: SystemTime) {
     if !node.drivers.is_empty() {
-        let mut table = Table::new(vec!["NAME", "TYPE", "HEALTHY", "VERSION", "CAPABILITIES", "MESSAGE"], output.colours);
+        let mut table =
+            Table::new(vec!["NAME", "TYPE", "HEALTHY", "VERSION", "CAPABILITIES", "MESSAGE"], output.colours);
         let row = |driver: &v1::DriverInfo| {
             let (word, tone) = if driver.healthy { ("yes", Tone::Good) } else { ("no", Tone::Bad) };
             vec![

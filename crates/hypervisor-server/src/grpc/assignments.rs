@@ -25,7 +25,7 @@ impl AssignmentService for Service {
             let update = assignments.next().await.map_err(refuse)?;
             Ok(update.map(|update| (update, assignments)))
         });
-        Ok(Response::new(Box::pin(stream)))
+        Ok(self.0.until_stop(stream))
     }
 
     async fn report_instances(

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
+use hv_cluster::Cluster;
 use hv_cluster::cache::{Batch, Delta, State};
 use hv_cluster::nodes::{Inventory, NodeFilter, Shown};
 use hv_cluster::page::Page;
-use hv_cluster::Cluster;
 use hv_proto::v1::cluster_service_server::ClusterService;
 use hv_proto::{convert, v1};
 use hv_types::node::Schedulability;
@@ -85,7 +85,10 @@ impl ClusterService for Service {
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
         let request = request.into_inner();
         let selector = convert::selector_from(request.label_selector).map_err(refuse)?;
-        let bound_to = (request.role, request.status, &request.region, &request.zone, selector.requirements(), &request.reference);
+        let bound_to = (
+            ("nodes", request.role, request.status, &request.region, &request.zone),
+            (selector.requirements(), &request.reference),
+        );
         let page = Page::new(request.page_size, &request.page_token, &bound_to).map_err(refuse)?;
         let filter = NodeFilter {
             role: convert::role_from(request.role).map_err(refuse)?,
@@ -95,7 +98,8 @@ impl ClusterService for Service {
             selector,
             reference: request.reference,
         };
-        let (nodes, next_page_token, total, revision) = self.cluster().nodes(&filter, &page).await.map_err(failed)?;
+        let (nodes, next_page_token, total, revision) =
+            self.cluster().nodes(&filter, &page).await.map_err(failed)?;
         Ok(Response::new(v1::ListNodesResponse {
             nodes: nodes.iter().map(|(record, view)| convert::node_to(record, view, false)).collect(),
             next_page_token,
@@ -116,12 +120,17 @@ impl ClusterService for Service {
             Some(NodeStatus::Maintenance) => Some(Schedulability::Cordoned),
             Some(NodeStatus::Draining) => Some(Schedulability::Draining),
             Some(NodeStatus::NotReady) => {
-                let expected = "must be READY, MAINTENANCE or DRAINING; NOT_READY follows from missing heartbeats";
+                let expected =
+                    "must be READY, MAINTENANCE or DRAINING; NOT_READY follows from missing heartbeats";
                 return Err(refuse(Invalid::new("status", "NOT_READY", expected)));
             }
         };
-        let conditions: Vec<_> =
-            request.conditions.into_iter().map(convert::condition_from).collect::<Result<_, _>>().map_err(refuse)?;
+        let conditions: Vec<_> = request
+            .conditions
+            .into_iter()
+            .map(convert::condition_from)
+            .collect::<Result<_, _>>()
+            .map_err(refuse)?;
         let shown =
             self.cluster().set_schedulability(&node, wanted, false, &conditions).await.map_err(failed)?;
         Ok(reply(&shown, false))
@@ -135,8 +144,11 @@ impl ClusterService for Service {
         let claims = claimed_cluster(&request.cluster_id)?;
         let node = id(&request.node_id)?;
         let inventory = if request.inventory_changed { Some(inventory(&request)?) } else { None };
-        let accepted =
-            self.cluster().heartbeat(claims.as_ref(), &node, inventory, request.usage).await.map_err(failed)?;
+        let accepted = self
+            .cluster()
+            .heartbeat(claims.as_ref(), &node, inventory, request.usage)
+            .await
+            .map_err(failed)?;
         metrics::counter!("hypervisor_heartbeats_total").increment(1);
         Ok(Response::new(v1::HeartbeatResponse {
             accepted,
@@ -153,7 +165,7 @@ impl ClusterService for Service {
         let role = convert::role_from(request.role).map_err(refuse)?;
         let filter = NodeFilter { role, region: request.region, zone: request.zone, ..NodeFilter::default() };
         let stream = watch(self.cluster().clone(), NodeView(filter), request.from_revision).await?;
-        Ok(Response::new(stream))
+        Ok(self.0.until_stop(stream))
     }
 
     async fn get_cluster_info(&self, _: Request<Empty>) -> Result<Response<v1::ClusterInfo>, Status> {
@@ -164,7 +176,8 @@ impl ClusterService for Service {
         let info = cluster.cache().read(|state| {
             let (capacity, allocated) = Cluster::totals(state);
             let ready = state.nodes().filter(|(_, entry)| entry.status() == NodeStatus::Ready).count();
-            let in_state = |wanted| state.instances_after(None).filter(|i| state.view(i).state == wanted).count();
+            let in_state =
+                |wanted| state.instances_after(None).filter(|i| state.view(i).state == wanted).count();
             let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
             v1::ClusterInfo {
                 cluster_id: cluster.id().to_string(),
@@ -185,12 +198,18 @@ impl ClusterService for Service {
         Ok(Response::new(info))
     }
 
-    async fn cordon_node(&self, request: Request<v1::CordonNodeRequest>) -> Result<Response<v1::Node>, Status> {
+    async fn cordon_node(
+        &self,
+        request: Request<v1::CordonNodeRequest>,
+    ) -> Result<Response<v1::Node>, Status> {
         let shown = self.schedule(&request.into_inner().node_id, Schedulability::Cordoned, false).await?;
         Ok(reply(&shown, false))
     }
 
-    async fn uncordon_node(&self, request: Request<v1::UncordonNodeRequest>) -> Result<Response<v1::Node>, Status> {
+    async fn uncordon_node(
+        &self,
+        request: Request<v1::UncordonNodeRequest>,
+    ) -> Result<Response<v1::Node>, Status> {
         let shown = self.schedule(&request.into_inner().node_id, Schedulability::Open, false).await?;
         Ok(reply(&shown, false))
     }
@@ -200,7 +219,8 @@ impl ClusterService for Service {
         request: Request<v1::DrainNodeRequest>,
     ) -> Result<Response<v1::DrainNodeResponse>, Status> {
         let request = request.into_inner();
-        let shown = self.schedule(&request.node_id, Schedulability::Draining, request.discard_local_disks).await?;
+        let shown =
+            self.schedule(&request.node_id, Schedulability::Draining, request.discard_local_disks).await?;
         let (moving, blockers) = self.cluster().drain_outlook(&shown.0.id);
         Ok(Response::new(v1::DrainNodeResponse {
             node: Some(convert::node_to(&shown.0, &shown.1, false)),
@@ -217,15 +237,18 @@ impl ClusterService for Service {
         request: Request<v1::ListEventsRequest>,
     ) -> Result<Response<v1::ListEventsResponse>, Status> {
         let request = request.into_inner();
-        let bound_to = (&request.object_kind, &request.object_id, request.warnings_only);
+        let bound_to = ("events", &request.object_kind, &request.object_id, request.warnings_only);
         let page = Page::new(request.page_size, &request.page_token, &bound_to).map_err(refuse)?;
         self.cluster().sync().await.map_err(failed)?;
         let wanted = EventView::new(request.object_kind, request.object_id, request.warnings_only);
         let (events, token) = self.cluster().cache().read(|state| {
-            let mut matching = state.events_before(page.after.as_deref()).filter(|event| wanted.matches(event));
-            let events: Vec<_> = matching.by_ref().take(page.size).map(|event| convert::event_to(event)).collect();
+            let mut matching =
+                state.events_before(page.after.as_deref()).filter(|event| wanted.matches(event));
+            let events: Vec<_> =
+                matching.by_ref().take(page.size).map(|event| convert::event_to(event)).collect();
             let more = matching.next().is_some();
-            let token = events.last().filter(|_| more).map(|last| page.token_after(&last.id)).unwrap_or_default();
+            let token =
+                events.last().filter(|_| more).map(|last| page.token_after(&last.id)).unwrap_or_default();
             (events, token)
         });
         Ok(Response::new(v1::ListEventsResponse { events, next_page_token: token }))
@@ -237,14 +260,19 @@ impl ClusterService for Service {
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
         let request = request.into_inner();
         let view = EventView::new(request.object_kind, request.object_id, request.warnings_only);
-        Ok(Response::new(watch(self.cluster().clone(), view, 0).await?))
+        Ok(self.0.until_stop(watch(self.cluster().clone(), view, 0).await?))
     }
 }
 
 fn inventory(request: &v1::HeartbeatRequest) -> Result<Inventory, Status> {
     let read = || -> Result<Inventory, Invalid> {
         Ok(Inventory {
-            conditions: request.conditions.iter().cloned().map(convert::condition_from).collect::<Result<_, _>>()?,
+            conditions: request
+                .conditions
+                .iter()
+                .cloned()
+                .map(convert::condition_from)
+                .collect::<Result<_, _>>()?,
             drivers: request.drivers.iter().cloned().map(convert::driver_from).collect::<Result<_, _>>()?,
             images: request.images.iter().cloned().map(convert::image_from).collect::<Result<_, _>>()?,
         })
@@ -256,7 +284,13 @@ fn inventory(request: &v1::HeartbeatRequest) -> Result<Inventory, Status> {
 struct NodeView(NodeFilter);
 
 impl NodeView {
-    fn event(&self, cluster: &Cluster, node: &NodeId, kind: v1::EventType, revision: Revision) -> Option<v1::NodeEvent> {
+    fn event(
+        &self,
+        cluster: &Cluster,
+        node: &NodeId,
+        kind: v1::EventType,
+        revision: Revision,
+    ) -> Option<v1::NodeEvent> {
         let (record, view) = cluster.cache().read(|state| cluster.show(state, node))?;
         let node = convert::node_to(&record, &view, false);
         Some(v1::NodeEvent { r#type: kind.into(), node: Some(node), revision: revision.0 })
@@ -272,7 +306,7 @@ impl View for NodeView {
             .filter_map(|(record, _)| cluster.show(state, &record.id))
             .map(|(record, view)| v1::NodeEvent {
                 r#type: v1::EventType::Added.into(),
-                revision: record.revision.0,
+                revision: 0,
                 node: Some(convert::node_to(&record, &view, false)),
             })
             .collect()
@@ -286,7 +320,9 @@ impl View for NodeView {
             let knows = after.as_ref().is_some_and(|(record, _)| self.0.matches(record));
             match (knew, knows) {
                 (false, true) => events.extend(self.event(cluster, id, v1::EventType::Added, batch.revision)),
-                (true, true) => events.extend(self.event(cluster, id, v1::EventType::Modified, batch.revision)),
+                (true, true) => {
+                    events.extend(self.event(cluster, id, v1::EventType::Modified, batch.revision));
+                }
                 (true, false) => events.push(v1::NodeEvent {
                     r#type: v1::EventType::Deleted.into(),
                     node: Some(v1::Node { id: id.to_string(), ..v1::Node::default() }),
@@ -296,6 +332,10 @@ impl View for NodeView {
             }
         }
         events
+    }
+
+    fn set_revision(&self, event: &mut v1::NodeEvent, revision: Revision) {
+        event.revision = revision.0;
     }
 
     fn bookmark(&self, revision: Revision) -> Option<v1::NodeEvent> {
@@ -336,6 +376,9 @@ impl View for EventView {
         });
         events.collect()
     }
+
+    /// Events are not resumed: each has the revision that it was written at.
+    fn set_revision(&self, _: &mut v1::Event, _: Revision) {}
 
     fn bookmark(&self, _: Revision) -> Option<v1::Event> {
         None

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hv_cluster::Cluster;
-use hv_cluster::cache::{Batch, State};
+use hv_cluster::cache::{Batch, Delta, State};
 use hv_cluster::instances::{Filter, Seen};
 use hv_cluster::page::Page;
 use hv_proto::v1::compute_service_server::ComputeService;
@@ -30,7 +30,7 @@ impl Service {
         &self,
         method: &'static str,
         key: &str,
-        request: &impl prost::Message,
+        request: &impl serde::Serialize,
         instance: &str,
         wish: Wish,
         stop: StopOptions,
@@ -42,10 +42,12 @@ impl Service {
     }
 }
 
-/// The recorded answer with the revision at which the change was made.
+/// The answer, with the revision at which the change was made where there was one.
 fn answered(done: hv_cluster::Done<v1::Instance>) -> Response<v1::Instance> {
     let mut instance = done.reply;
-    instance.revision = if instance.revision == 0 || done.fresh { done.revision.0 } else { instance.revision };
+    if instance.revision == 0 {
+        instance.revision = done.revision.0;
+    }
     Response::new(instance)
 }
 
@@ -91,7 +93,10 @@ impl ComputeService for Service {
         Ok(answered(done))
     }
 
-    async fn delete_instance(&self, request: Request<v1::DeleteInstanceRequest>) -> Result<Response<Empty>, Status> {
+    async fn delete_instance(
+        &self,
+        request: Request<v1::DeleteInstanceRequest>,
+    ) -> Result<Response<Empty>, Status> {
         let mut request = request.into_inner();
         let key = take_key!(request);
         let stop = StopOptions { force: request.force, ..StopOptions::default() };
@@ -100,7 +105,10 @@ impl ComputeService for Service {
         Ok(Response::new(empty()))
     }
 
-    async fn get_instance(&self, request: Request<v1::GetInstanceRequest>) -> Result<Response<v1::Instance>, Status> {
+    async fn get_instance(
+        &self,
+        request: Request<v1::GetInstanceRequest>,
+    ) -> Result<Response<v1::Instance>, Status> {
         let instance = id(&request.into_inner().instance_id)?;
         let record = self.cluster().instance(&instance).await.map_err(failed)?;
         Ok(Response::new(convert::instance_to(&record)))
@@ -113,7 +121,7 @@ impl ComputeService for Service {
         let request = request.into_inner();
         let selector = convert::selector_from(request.label_selector).map_err(refuse)?;
         let bound_to = (
-            (request.r#type, request.state, &request.node_id, selector.requirements()),
+            ("instances", request.r#type, request.state, &request.node_id, selector.requirements()),
             (&request.project, &request.reference),
         );
         let page = Page::new(request.page_size, &request.page_token, &bound_to).map_err(refuse)?;
@@ -144,11 +152,15 @@ impl ComputeService for Service {
         self.change(method, &key, &request, &request.instance_id, Wish::Start, stop).await
     }
 
-    async fn stop_instance(&self, request: Request<v1::StopInstanceRequest>) -> Result<Response<v1::Instance>, Status> {
+    async fn stop_instance(
+        &self,
+        request: Request<v1::StopInstanceRequest>,
+    ) -> Result<Response<v1::Instance>, Status> {
         let mut request = request.into_inner();
         let key = take_key!(request);
         let stop = stop_options(request.force, request.timeout_seconds)?;
-        self.change("ComputeService/StopInstance", &key, &request, &request.instance_id, Wish::Stop, stop).await
+        self.change("ComputeService/StopInstance", &key, &request, &request.instance_id, Wish::Stop, stop)
+            .await
     }
 
     async fn restart_instance(
@@ -158,7 +170,15 @@ impl ComputeService for Service {
         let mut request = request.into_inner();
         let key = take_key!(request);
         let stop = StopOptions { force: request.force, ..StopOptions::default() };
-        self.change("ComputeService/RestartInstance", &key, &request, &request.instance_id, Wish::Restart, stop).await
+        self.change(
+            "ComputeService/RestartInstance",
+            &key,
+            &request,
+            &request.instance_id,
+            Wish::Restart,
+            stop,
+        )
+        .await
     }
 
     async fn pause_instance(
@@ -191,8 +211,11 @@ impl ComputeService for Service {
         let instance: InstanceId = id(&request.instance_id)?;
         let if_revision = (request.if_revision != 0).then_some(Revision(request.if_revision));
         let metadata = convert::metadata_from(request.metadata);
-        let done =
-            self.cluster().update_metadata(&mutation, &instance, metadata, if_revision).await.map_err(failed)?;
+        let done = self
+            .cluster()
+            .update_metadata(&mutation, &instance, metadata, if_revision)
+            .await
+            .map_err(failed)?;
         Ok(answered(done))
     }
 
@@ -212,9 +235,8 @@ impl ComputeService for Service {
         if request.from_revision == 0 {
             self.cluster().instance(&instance).await.map_err(failed)?;
         }
-        let filter = Filter { reference: instance.to_string(), ..Filter::default() };
-        let view = InstanceView { filter, only: Some(instance) };
-        Ok(Response::new(watch(self.cluster().clone(), view, request.from_revision).await?))
+        let view = InstanceView { filter: Filter::default(), only: Some(instance) };
+        Ok(self.0.until_stop(watch(self.cluster().clone(), view, request.from_revision).await?))
     }
 
     async fn watch_instances(
@@ -230,7 +252,7 @@ impl ComputeService for Service {
             ..Filter::default()
         };
         let view = InstanceView { filter, only: None };
-        Ok(Response::new(watch(self.cluster().clone(), view, request.from_revision).await?))
+        Ok(self.0.until_stop(watch(self.cluster().clone(), view, request.from_revision).await?))
     }
 
     async fn attach_console(
@@ -247,7 +269,10 @@ impl ComputeService for Service {
         interactive::console(&self.0, request.into_inner()).await
     }
 
-    async fn exec(&self, request: Request<Streaming<v1::ExecInput>>) -> Result<Response<Self::ExecStream>, Status> {
+    async fn exec(
+        &self,
+        request: Request<Streaming<v1::ExecInput>>,
+    ) -> Result<Response<Self::ExecStream>, Status> {
         interactive::exec(&self.0, request.into_inner()).await
     }
 
@@ -264,12 +289,13 @@ impl ComputeService for Service {
     ) -> Result<Response<v1::ListImagesResponse>, Status> {
         let request = request.into_inner();
         let wanted = convert::instance_type_from(request.r#type).map_err(refuse)?;
-        let page = Page::new(request.page_size, &request.page_token, &("images", request.r#type)).map_err(refuse)?;
+        let page =
+            Page::new(request.page_size, &request.page_token, &("images", request.r#type)).map_err(refuse)?;
         self.cluster().sync().await.map_err(failed)?;
         let mut images = self.cluster().cache().read(|state| images(state, wanted));
-        let rest = page.after.and_then(|after| images.iter().position(|image| image_key(image) > after));
-        let mut images = images.split_off(rest.unwrap_or(0));
-        let page = Page::new(request.page_size, "", &("images", request.r#type)).map_err(refuse)?;
+        if let Some(after) = &page.after {
+            images.retain(|image| image_key(image) > *after);
+        }
         let more = images.len() > page.size;
         images.truncate(page.size);
         let last = images.last().filter(|_| more);
@@ -290,19 +316,20 @@ impl ComputeService for Service {
     }
 }
 
-/// What orders images in a list; also what a page token holds, so only characters that one may have.
+/// What orders images in a list, and what a page token holds: the name, then the type.
 fn image_key(image: &v1::Image) -> String {
-    let name: String = image.name.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect();
-    format!("i{name}").chars().take(hv_types::id::MAX_ID_BYTES).collect()
+    format!("{}:{}", image.name, image.r#type)
 }
 
 /// The images that nodes report, each once, with the nodes that have it.
 fn images(state: &State, wanted: Option<InstanceType>) -> Vec<v1::Image> {
-    let mut found: BTreeMap<(String, InstanceType), v1::Image> = BTreeMap::new();
+    let mut found: BTreeMap<String, v1::Image> = BTreeMap::new();
     for (node, _) in state.nodes() {
-        for image in node.images.iter().filter(|image| wanted.is_none_or(|wanted| wanted == image.instance_type)) {
+        for image in
+            node.images.iter().filter(|image| wanted.is_none_or(|wanted| wanted == image.instance_type))
+        {
             let shown = convert::image_to(image);
-            let entry = found.entry((image_key(&shown), image.instance_type)).or_insert(shown);
+            let entry = found.entry(image_key(&shown)).or_insert(shown);
             entry.node_ids.push(node.id.to_string());
         }
     }
@@ -326,17 +353,30 @@ fn event(kind: v1::EventType, record: &InstanceRecord, revision: Revision) -> v1
     v1::InstanceEvent { r#type: kind.into(), instance: Some(instance), revision: revision.0 }
 }
 
+fn gone(id: &InstanceId, revision: Revision) -> v1::InstanceEvent {
+    let instance = v1::Instance { id: id.to_string(), ..v1::Instance::default() };
+    v1::InstanceEvent {
+        r#type: v1::EventType::Deleted.into(),
+        instance: Some(instance),
+        revision: revision.0,
+    }
+}
+
 impl View for InstanceView {
     type Event = v1::InstanceEvent;
 
     fn initial(&self, _: &Cluster, state: &State) -> Vec<v1::InstanceEvent> {
         let shown = |record: &Arc<InstanceRecord>| {
             let record = state.view(record);
-            self.filter.matches(&record).then(|| event(v1::EventType::Added, &record, record.revision))
+            self.filter.matches(&record).then(|| event(v1::EventType::Added, &record, Revision(0)))
         };
-        match &self.only {
-            Some(only) => state.instance(only).and_then(shown).into_iter().collect(),
-            None => state.instances_after(None).filter_map(shown).collect(),
+        let Some(only) = &self.only else {
+            return state.instances_after(None).filter_map(shown).collect();
+        };
+        match state.instance(only) {
+            Some(record) => vec![event(v1::EventType::Added, &state.view(record), record.revision)],
+            // It went between the caller's question and now.
+            None => vec![gone(only, state.revision())],
         }
     }
 
@@ -345,7 +385,11 @@ impl View for InstanceView {
             return Vec::new();
         }
         cluster.cache().read(|state| {
-            let seen = batch.deltas.iter().filter_map(|delta| self.filter.see(state, delta));
+            let meant = |delta: &&Delta| match (&self.only, delta) {
+                (Some(only), Delta::Instance { id, .. }) => id == only,
+                _ => true,
+            };
+            let seen = batch.deltas.iter().filter(meant).filter_map(|delta| self.filter.see(state, delta));
             seen.map(|seen| match seen {
                 Seen::Added(record) => event(v1::EventType::Added, &record, batch.revision),
                 Seen::Modified(record) => event(v1::EventType::Modified, &record, batch.revision),
@@ -355,9 +399,17 @@ impl View for InstanceView {
         })
     }
 
+    fn set_revision(&self, event: &mut v1::InstanceEvent, revision: Revision) {
+        event.revision = revision.0;
+    }
+
     fn bookmark(&self, revision: Revision) -> Option<v1::InstanceEvent> {
         // A watch of one instance is as the reference's: the instance, then its changes, and nothing else.
-        let bookmark = v1::InstanceEvent { r#type: v1::EventType::Bookmark.into(), instance: None, revision: revision.0 };
+        let bookmark = v1::InstanceEvent {
+            r#type: v1::EventType::Bookmark.into(),
+            instance: None,
+            revision: revision.0,
+        };
         self.only.is_none().then_some(bookmark)
     }
 

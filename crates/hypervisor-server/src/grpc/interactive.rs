@@ -23,7 +23,8 @@ async fn agent(shared: &Shared, instance: &str) -> Result<AgentClient, Status> {
         .read(|state| state.node(node).map(|entry| (entry.record.clone(), entry.is_live())))
         .ok_or_else(|| failed(hv_cluster::Error::no_node(node)))?;
     let Some(node) = node.filter(|_| live) else {
-        let message = format!("the node of instance {} does not answer; see `hypervisor-ctl node list`", record.name);
+        let message =
+            format!("the node of instance {} does not answer; see `hypervisor-ctl node list`", record.name);
         return Err(refuse(ServiceError::unavailable(message)));
     };
     let host = if node.ip.contains(':') { format!("[{}]", node.ip) } else { node.ip.clone() };
@@ -47,7 +48,7 @@ pub(crate) async fn logs(
 ) -> Result<Response<ReplyStream<v1::LogChunk>>, Status> {
     let mut agent = agent(shared, &request.instance_id).await?;
     let output = agent.get_instance_logs(request).await?.into_inner();
-    Ok(Response::new(Box::pin(output)))
+    Ok(shared.until_stop(output))
 }
 
 /// The first message of a stream of input.
@@ -97,7 +98,7 @@ pub(crate) async fn attach_console(
     // The input stays open and silent: its end would end the console.
     let input = stream::iter([to_agent(v1::console_input::Input::Attach(attach))]).chain(stream::pending());
     let output = agent.attach_console(input).await?.into_inner();
-    Ok(Response::new(console_data(output)))
+    Ok(shared.until_stop(console_data(output)))
 }
 
 pub(crate) async fn console(
@@ -112,7 +113,7 @@ pub(crate) async fn console(
     let begin = stream::iter([to_agent(v1::console_input::Input::Attach(attach))]);
     let rest = passed_on(input, |message: v1::ConsoleInput| message.input.map(to_agent));
     let output = agent.attach_console(begin.chain(rest)).await?.into_inner();
-    Ok(Response::new(console_data(output)))
+    Ok(shared.until_stop(console_data(output)))
 }
 
 pub(crate) async fn exec(
@@ -126,5 +127,5 @@ pub(crate) async fn exec(
     };
     let mut agent = agent(shared, &start.instance_id).await?;
     let output = agent.exec(stream::iter([begin]).chain(passed_on(input, Some))).await?.into_inner();
-    Ok(Response::new(Box::pin(output)))
+    Ok(shared.until_stop(output))
 }

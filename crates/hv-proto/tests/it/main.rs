@@ -1,0 +1,3 @@
+//! Claims about the wire contract.
+
+mod reference;
