@@ -117,6 +117,25 @@ nothing_is_left() {
   [ -z "$(ctl instance list -o name)" ] || die "an instance is left"
 }
 
+# Whether the process's command line names the demo's directory.
+is_of_demo() { tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline" | grep -q "hypervisor-[a-z]* .*$DEMO_DIR/"; }
+
+# A demo that was kept or still runs is left alone; what one that was killed has left is removed.
+clear_remains() {
+  [ -e "$DEMO_DIR" ] || return 0
+  local process
+  for process in /proc/[0-9]*; do
+    ! is_of_demo "${process#/proc/}" || die "a demo runs in $DEMO_DIR (process ${process#/proc/}): end it first"
+  done
+  for process in /proc/[0-9]*; do
+    # A virtual machine runs in its own directory.
+    case $(readlink "$process/cwd" 2>/dev/null) in
+      "$DEMO_DIR"/*) kill -9 "${process#/proc/}" 2>/dev/null || true ;;
+    esac
+  done
+  rm -rf "$DEMO_DIR"
+}
+
 run_machine() {
   do_step "create a virtual machine and wait for it" ctl instance create --name "$VM" --type vm --image tiny \
     --cpus 1 --memory 256
@@ -132,7 +151,7 @@ run_machine() {
 
 main() {
   say "Hypervisor demo: one server, two agents, one virtual machine"
-  [ ! -e "$DEMO_DIR" ] || die "$DEMO_DIR is there: another demo runs, or was kept; end it and remove that directory"
+  clear_remains
   # These show their own progress: on a new machine they take minutes.
   step "what is missing" hack/setup.sh all
   step "build" build
