@@ -11,9 +11,9 @@ mod node;
 pub use common::{from_timestamp, labels_from, resources_from, resources_to, selector_from, to_timestamp};
 pub use event::{event_from_record, event_to, event_to_record};
 pub use instance::{
-    assignment_to, create_request_from, instance_from_record, instance_to, instance_to_record, instance_type_from,
-    instance_type_to, metadata_from, metadata_to, project_from, spec_from, spec_to, state_from, state_to, wanted_from,
-    wanted_to,
+    assignment_to, create_request_from, instance_from_record, instance_to, instance_to_record,
+    instance_type_from, instance_type_to, metadata_from, metadata_to, project_from, spec_from, spec_to,
+    state_from, state_to, wanted_from, wanted_to,
 };
 pub use node::{
     NodeView, condition_from, condition_to, driver_from, driver_to, image_from, image_to, node_from_record,
@@ -27,7 +27,9 @@ pub const RECORD_SCHEMA: u32 = 1;
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
     /// It was written by a newer release.
-    #[error("the record has schema {found}, this release reads up to {RECORD_SCHEMA}: upgrade this server first")]
+    #[error(
+        "the record has schema {found}, this release reads up to {RECORD_SCHEMA}: upgrade this server first"
+    )]
     Newer {
         /// The schema found.
         found: u32,

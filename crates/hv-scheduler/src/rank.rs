@@ -67,6 +67,7 @@ pub(crate) fn choose(
     };
     let scored: Vec<(usize, f64)> = fitting.iter().map(|&index| (index, score(index))).collect();
     let best = scored.iter().map(|(_, score)| *score).fold(f64::NEG_INFINITY, f64::max);
-    let near: Vec<usize> = scored.iter().filter(|(_, s)| *s >= best - NEAR).map(|(index, _)| *index).collect();
+    let near: Vec<usize> =
+        scored.iter().filter(|(_, s)| *s >= best - NEAR).map(|(index, _)| *index).collect();
     near[rng.random_range(0..near.len())]
 }

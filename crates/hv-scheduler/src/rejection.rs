@@ -63,7 +63,9 @@ impl Rule {
             Self::NotReady => "start the agents of the nodes that are down",
             Self::Cordoned => "uncordon a node",
             Self::InstanceType => "see `node describe` for what the driver lacks",
-            Self::Region | Self::Zone | Self::Labels => "loosen the placement rules, or add a node that meets them",
+            Self::Region | Self::Zone | Self::Labels => {
+                "loosen the placement rules, or add a node that meets them"
+            }
             Self::Image => "put the image on a node",
             Self::Cpu | Self::Memory | Self::Disk | Self::Gpu => "free room, ask for less, or add a node",
         }

@@ -49,7 +49,12 @@ fn node(name: &str, cores: u32, memory_mib: u64) -> Candidate {
         region: "r1".into(),
         zone: "z1".into(),
         labels: Labels::new(),
-        allocatable: Resources { cpu_cores: cores, memory_bytes: memory_mib << 20, disk_bytes: 1 << 40, gpu_count: 0 },
+        allocatable: Resources {
+            cpu_cores: cores,
+            memory_bytes: memory_mib << 20,
+            disk_bytes: 1 << 40,
+            gpu_count: 0,
+        },
         allocated: Resources::default(),
     }
 }

@@ -17,8 +17,13 @@ use crate::programs::Program;
 pub enum StoreKind {
     /// In the server's own directory.
     Embedded,
-    /// In etcd at these endpoints.
-    Etcd(Vec<String>),
+    /// In etcd.
+    Etcd {
+        /// Its members.
+        endpoints: Vec<String>,
+        /// Where everything of this cluster lies in it.
+        prefix: String,
+    },
 }
 
 /// What to start.
@@ -103,11 +108,13 @@ impl Cluster {
         args.extend(words(&["--heartbeat-timeout", &milliseconds(timeout)]));
         args.extend(words(&["--heartbeat-interval", &milliseconds(timeout / HEARTBEATS_PER_TIMEOUT)]));
         args.extend(["--data-dir".into(), self.dir().join("server").into()]);
-        if let StoreKind::Etcd(endpoints) = &self.options.store {
+        let mut env = env.to_vec();
+        if let StoreKind::Etcd { endpoints, prefix } = &self.options.store {
             args.extend(words(&["--etcd-endpoints", &endpoints.join(",")]));
+            env.push(("HYPERVISOR_ETCD_PREFIX", prefix.clone()));
         }
         let ready_file = self.dir().join("server/server.json");
-        let mut process = Process::start(Program::Server, &args, env, &self.dir().join("server.log"))?;
+        let mut process = Process::start(Program::Server, &args, &env, &self.dir().join("server.log"))?;
         let ready = ready(&mut process, &ready_file).await?;
         self.addresses = Some((field(&ready, "grpc")?, field(&ready, "http")?));
         self.server = Some(process);

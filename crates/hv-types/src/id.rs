@@ -118,7 +118,11 @@ impl FromStr for RequestKey {
     fn from_str(text: &str) -> Result<Self, Invalid> {
         validate::printable("request_key", text, Self::MAX_BYTES)?;
         if text.contains('/') {
-            return Err(Invalid::new("request_key", text, "must not contain `/`; use letters, digits, `-` and `_`"));
+            return Err(Invalid::new(
+                "request_key",
+                text,
+                "must not contain `/`; use letters, digits, `-` and `_`",
+            ));
         }
         Ok(Self(text.to_owned()))
     }

@@ -127,7 +127,12 @@ impl InstanceState {
     pub fn is_settled(self) -> bool {
         match self {
             Self::Running | Self::Paused | Self::Stopped | Self::Failed => true,
-            Self::Pending | Self::Creating | Self::Starting | Self::Stopping | Self::Deleting | Self::Unknown => false,
+            Self::Pending
+            | Self::Creating
+            | Self::Starting
+            | Self::Stopping
+            | Self::Deleting
+            | Self::Unknown => false,
         }
     }
 }
@@ -184,7 +189,8 @@ pub enum Request {
 
 impl Request {
     /// Every request.
-    pub const ALL: [Self; 6] = [Self::Start, Self::Stop, Self::Restart, Self::Pause, Self::Resume, Self::Delete];
+    pub const ALL: [Self; 6] =
+        [Self::Start, Self::Stop, Self::Restart, Self::Pause, Self::Resume, Self::Delete];
 
     /// As people see it.
     #[must_use]
@@ -237,7 +243,9 @@ pub fn decide(request: Request, wanted: Wanted, state: InstanceState) -> Verdict
         },
         Request::Restart => match (wanted, state) {
             (Wanted::Paused, _) => Verdict::Refused("it is paused; resume it first"),
-            (_, S::Pending | S::Creating) => Verdict::Refused("it has not been created yet; wait until it runs"),
+            (_, S::Pending | S::Creating) => {
+                Verdict::Refused("it has not been created yet; wait until it runs")
+            }
             (Wanted::Running | Wanted::Stopped | Wanted::Deleted, _) => Verdict::Change(Wanted::Running),
         },
         Request::Pause => match (wanted, state) {

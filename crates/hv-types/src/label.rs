@@ -55,7 +55,9 @@ pub fn validate_labels(field: &str, labels: &Labels) -> Result<(), Invalid> {
         validate_key(field, key)?;
         let ok = value.len() <= MAX_LABEL_BYTES && value.bytes().all(|b| b.is_ascii_graphic() && b != b',');
         if !ok {
-            let expected = format!("must have at most {MAX_LABEL_BYTES} printable ASCII characters without spaces or commas");
+            let expected = format!(
+                "must have at most {MAX_LABEL_BYTES} printable ASCII characters without spaces or commas"
+            );
             return Err(Invalid::new(entry(field, key), value, expected));
         }
     }

@@ -182,7 +182,11 @@ impl NodeRecord {
             }
         }
         if self.images.len() > MAX_IMAGES {
-            return Err(Invalid::new("images", self.images.len(), format!("must have at most {MAX_IMAGES} entries")));
+            return Err(Invalid::new(
+                "images",
+                self.images.len(),
+                format!("must have at most {MAX_IMAGES} entries"),
+            ));
         }
         self.metadata.validate()
     }

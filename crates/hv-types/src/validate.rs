@@ -60,7 +60,11 @@ pub fn identifier(field: &str, text: &str) -> Result<(), Invalid> {
     if ok {
         return Ok(());
     }
-    Err(Invalid::new(field, text, "must have 1 to 64 letters, digits, `-`, `_` or `.` and not start with `.`"))
+    Err(Invalid::new(
+        field,
+        text,
+        "must have 1 to 64 letters, digits, `-`, `_` or `.` and not start with `.`",
+    ))
 }
 
 /// Longest instance name, in bytes: a DNS label, so that a name can become a host name.
@@ -95,7 +99,11 @@ pub fn printable(field: &str, text: &str, max_bytes: usize) -> Result<(), Invali
     if !text.is_empty() && text.len() <= max_bytes && text.bytes().all(|b| b.is_ascii_graphic()) {
         return Ok(());
     }
-    Err(Invalid::new(field, text, format!("must have 1 to {max_bytes} printable ASCII characters without spaces")))
+    Err(Invalid::new(
+        field,
+        text,
+        format!("must have 1 to {max_bytes} printable ASCII characters without spaces"),
+    ))
 }
 
 /// Free text of at most `max_bytes` without control characters other than line feed and tab. May be empty.
@@ -125,7 +133,11 @@ pub fn file_name(field: &str, value: &str) -> Result<(), Invalid> {
     if ok {
         return Ok(());
     }
-    Err(Invalid::new(field, value, "must be the plain name of a file in the node's image directory, without `/`"))
+    Err(Invalid::new(
+        field,
+        value,
+        "must be the plain name of a file in the node's image directory, without `/`",
+    ))
 }
 
 #[cfg(test)]

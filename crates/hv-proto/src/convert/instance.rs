@@ -2,8 +2,8 @@
 
 use hv_types::instance::{Binding, PlacementRules, StopOptions};
 use hv_types::{
-    DiskSpec, Epoch, InstanceId, InstanceRecord, InstanceSpec, InstanceState, InstanceType, Invalid, Metadata,
-    NetworkSpec, ResourceLimits, Revision, VolumeMount, Wanted, validate,
+    DiskSpec, Epoch, InstanceId, InstanceRecord, InstanceSpec, InstanceState, InstanceType, Invalid,
+    Metadata, NetworkSpec, ResourceLimits, Revision, VolumeMount, Wanted, validate,
 };
 
 use super::common::{
@@ -197,7 +197,11 @@ pub fn spec_from(spec: v1::InstanceSpec) -> Result<InstanceSpec, Invalid> {
         volume_mounts: spec
             .volume_mounts
             .into_iter()
-            .map(|mount| VolumeMount { name: mount.name, mount_path: mount.mount_path, read_only: mount.read_only })
+            .map(|mount| VolumeMount {
+                name: mount.name,
+                mount_path: mount.mount_path,
+                read_only: mount.read_only,
+            })
             .collect(),
         limits: spec.limits.map(|limits| ResourceLimits {
             cpu_quota: limits.cpu_quota,
@@ -245,7 +249,8 @@ pub fn create_request_from(request: v1::CreateInstanceRequest) -> Result<Instanc
             preferred_node: (!preferred.is_empty()).then(|| preferred.parse()).transpose()?,
             region: request.region,
             zone: request.zone,
-            node_selector: selector_from(request.node_selector).map_err(|e| Invalid { field: "node_selector".into(), ..e })?,
+            node_selector: selector_from(request.node_selector)
+                .map_err(|e| Invalid { field: "node_selector".into(), ..e })?,
         },
         wanted: Wanted::Running,
         generation: 1,
@@ -346,7 +351,10 @@ pub fn instance_to_record(record: &InstanceRecord) -> store::InstanceRecord {
 ///
 /// # Errors
 /// It was written by a newer release, or contradicts itself.
-pub fn instance_from_record(value: store::InstanceRecord, revision: Revision) -> Result<InstanceRecord, RecordError> {
+pub fn instance_from_record(
+    value: store::InstanceRecord,
+    revision: Revision,
+) -> Result<InstanceRecord, RecordError> {
     check_schema(value.schema)?;
     let binding = if value.node_id.is_empty() {
         None

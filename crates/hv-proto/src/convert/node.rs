@@ -4,8 +4,8 @@ use std::time::SystemTime;
 
 use hv_types::node::Schedulability;
 use hv_types::{
-    DriverInfo, ImageInfo, InstanceType, Invalid, NodeCondition, NodeId, NodeRecord, NodeRole, NodeStatus, Resources,
-    Revision, validate,
+    DriverInfo, ImageInfo, InstanceType, Invalid, NodeCondition, NodeId, NodeRecord, NodeRole, NodeStatus,
+    Resources, Revision, validate,
 };
 
 use super::common::{clamp_i64, from_timestamp, resources_from, resources_to, to_timestamp, unsigned};
@@ -183,7 +183,11 @@ pub fn node_from_registration(request: v1::RegisterNodeRequest) -> Result<NodeRe
         None => capacity,
     };
     let drivers = if request.drivers.is_empty() {
-        request.supported_instance_types.iter().map(|name| undescribed_driver(name)).collect::<Result<_, _>>()?
+        request
+            .supported_instance_types
+            .iter()
+            .map(|name| undescribed_driver(name))
+            .collect::<Result<_, _>>()?
     } else {
         request.drivers.into_iter().map(driver_from).collect::<Result<_, _>>()?
     };

@@ -8,11 +8,14 @@ use std::os::unix::process::ExitStatusExt;
 
 use anyhow::{Context, Result, ensure};
 use hv_proto::v1;
+use hv_store::conformance::etcd_server::EtcdVersion;
 use hv_telemetry::crash::{Point, VARIABLE};
 use hv_testkit::{
-    AgentOptions, Ask, Cluster, ClusterOptions, create_request, image_dir, qemu_processes, skip, until,
-    until_gone, until_settled,
+    AgentOptions, Ask, Cluster, create_request, image_dir, qemu_processes, skip, until, until_gone,
+    until_settled,
 };
+
+use crate::stores::TestStore;
 
 /// Whose process comes to a point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +36,7 @@ fn times(point: Point) -> u32 {
 }
 
 /// The points of one part, each of which is a test of its own so that a failure names it.
-async fn walk(part: &str) -> Result<()> {
+async fn walk(part: &str, store: TestStore) -> Result<()> {
     let Some(images) = image_dir() else {
         skip("hv-testkit crash", "there is no guest image: run hack/setup.sh images");
         return Ok(());
@@ -42,7 +45,7 @@ async fn walk(part: &str) -> Result<()> {
     ensure!(!points.is_empty(), "there are no points of {part}");
     for point in points {
         for time in 1..=times(*point) {
-            let crashed = crash_at(*point, time, &images).await;
+            let crashed = crash_at(*point, time, &images, &store).await;
             let crashed = crashed.with_context(|| format!("crash at {point}, time {time}"))?;
             ensure!(crashed, "{point} is not reached {time} times: the walk does not cover it");
         }
@@ -52,28 +55,44 @@ async fn walk(part: &str) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_server_dies_at_every_step() -> Result<()> {
-    walk("server.").await
+    walk("server.", TestStore::embedded()).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_server_dies_at_every_step_on_etcd_3_4() -> Result<()> {
+    match TestStore::etcd(EtcdVersion::V3_4).await {
+        Some(store) => walk("server.", store).await,
+        None => Ok(()),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_server_dies_at_every_step_on_etcd_3_5() -> Result<()> {
+    match TestStore::etcd(EtcdVersion::V3_5).await {
+        Some(store) => walk("server.", store).await,
+        None => Ok(()),
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_agent_dies_at_every_step() -> Result<()> {
-    walk("agent.").await
+    walk("agent.", TestStore::embedded()).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_agent_dies_at_every_step_of_the_driver() -> Result<()> {
-    walk("qemu.").await
+    walk("qemu.", TestStore::embedded()).await
 }
 
 /// One life with a crash in it; whether the point was reached.
-async fn crash_at(point: Point, time: u32, images: &std::path::Path) -> Result<bool> {
+async fn crash_at(point: Point, time: u32, images: &std::path::Path, store: &TestStore) -> Result<bool> {
     let env = [(VARIABLE, format!("{point}:{time}"))];
     let none = [];
     let (for_server, for_agent) = match owner(point) {
         Owner::Server => (&env[..], &none[..]),
         Owner::Agent => (&none[..], &env[..]),
     };
-    let mut cluster = Cluster::start_with(ClusterOptions::default(), for_server).await?;
+    let mut cluster = Cluster::start_with(store.options(), for_server).await?;
     let options = AgentOptions {
         drivers: vec!["qemu"],
         image_dir: Some(images.to_path_buf()),

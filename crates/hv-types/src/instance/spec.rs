@@ -134,7 +134,8 @@ impl InstanceSpec {
             return Err(Invalid::new("spec.cpu_cores", self.cpu_cores, expected));
         }
         if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&self.memory_bytes) {
-            let expected = format!("must be between {MIN_MEMORY_BYTES} (4 MiB) and {MAX_MEMORY_BYTES} (64 TiB)");
+            let expected =
+                format!("must be between {MIN_MEMORY_BYTES} (4 MiB) and {MAX_MEMORY_BYTES} (64 TiB)");
             return Err(Invalid::new("spec.memory_bytes", self.memory_bytes, expected));
         }
         self.validate_boot(instance_type)?;
@@ -162,9 +163,14 @@ impl InstanceSpec {
         if kernel_args.contains('\n') {
             return Err(Invalid::new("spec.kernel_args", kernel_args, "must be one line"));
         }
-        let bootable = !self.image.is_empty() || (!self.kernel.is_empty() && instance_type != InstanceType::Container);
+        let bootable =
+            !self.image.is_empty() || (!self.kernel.is_empty() && instance_type != InstanceType::Container);
         if !bootable {
-            return Err(Invalid::new("spec.image", "", "must name an image; see `hypervisor-ctl image list`"));
+            return Err(Invalid::new(
+                "spec.image",
+                "",
+                "must name an image; see `hypervisor-ctl image list`",
+            ));
         }
         Ok(())
     }
@@ -172,7 +178,8 @@ impl InstanceSpec {
     fn validate_process(&self) -> Result<(), Invalid> {
         let count = self.command.len() + self.args.len() + self.env.len();
         if count > MAX_ARGS {
-            let expected = format!("and spec.args and spec.env must together have at most {MAX_ARGS} entries");
+            let expected =
+                format!("and spec.args and spec.env must together have at most {MAX_ARGS} entries");
             return Err(Invalid::new("spec.command", count, expected));
         }
         let words = self.command.iter().chain(&self.args).chain(self.env.keys()).chain(self.env.values());
@@ -184,7 +191,8 @@ impl InstanceSpec {
             }
         }
         if bytes > MAX_PROCESS_BYTES {
-            let expected = format!("and spec.args and spec.env must together have at most {MAX_PROCESS_BYTES} bytes");
+            let expected =
+                format!("and spec.args and spec.env must together have at most {MAX_PROCESS_BYTES} bytes");
             return Err(Invalid::new("spec.command", bytes, expected));
         }
         if let Some(name) = self.env.keys().find(|name| name.is_empty() || name.contains('=')) {
@@ -195,7 +203,11 @@ impl InstanceSpec {
 
     fn validate_disks(&self) -> Result<(), Invalid> {
         if self.disks.len() > MAX_DISKS {
-            return Err(Invalid::new("spec.disks", self.disks.len(), format!("must have at most {MAX_DISKS} entries")));
+            return Err(Invalid::new(
+                "spec.disks",
+                self.disks.len(),
+                format!("must have at most {MAX_DISKS} entries"),
+            ));
         }
         let mut names = std::collections::BTreeSet::new();
         for (index, disk) in self.disks.iter().enumerate() {

@@ -58,6 +58,7 @@ pub(super) async fn run(
         end: args.until.as_ref().map(|_| deadline(server.timeout)),
         linger: args.linger.get(),
         quiet_until: None,
+        line_until: None,
     };
     let ended = session.run(&mut output, &mut input).await;
     drop(raw);
@@ -129,7 +130,12 @@ struct Session {
     linger: Duration,
     /// Set once standard input has ended: when to stop if nothing is printed.
     quiet_until: Option<Instant>,
+    /// Set once the text was seen: when to stop if its line does not end.
+    line_until: Option<Instant>,
 }
+
+/// How long the rest of the line may take in which the text was seen.
+const LINE_GRACE: Duration = Duration::from_millis(300);
 
 impl Session {
     async fn run(
@@ -153,6 +159,7 @@ impl Session {
                     End::Failed(error) => return Ended::Stdin(error),
                 },
                 () = at(self.quiet_until) => return Ended::Quiet,
+                () = at(self.line_until) => return Ended::Seen,
                 () = at(self.end) => return Ended::TimedOut,
                 number = &mut signal => return Ended::Signal(number),
             }
@@ -166,7 +173,15 @@ impl Session {
         if self.quiet_until.is_some() {
             self.quiet_until = Some(Instant::now() + self.linger);
         }
-        self.until.as_mut().is_some_and(|needle| needle.seen(bytes)).then_some(Ended::Seen)
+        let rest = match self.line_until {
+            Some(_) => bytes,
+            None => &bytes[self.until.as_mut().and_then(|needle| needle.seen(bytes))?..],
+        };
+        if rest.contains(&b'\n') {
+            return Some(Ended::Seen);
+        }
+        self.line_until.get_or_insert(Instant::now() + LINE_GRACE);
+        None
     }
 }
 
@@ -201,13 +216,18 @@ impl Needle {
         Self { text: text.to_vec(), tail: Vec::new() }
     }
 
-    fn seen(&mut self, bytes: &[u8]) -> bool {
+    /// Where in `bytes` the text ends, if it does in these.
+    fn seen(&mut self, bytes: &[u8]) -> Option<usize> {
+        let before = self.tail.len();
         self.tail.extend_from_slice(bytes);
-        let found =
-            self.text.is_empty() || self.tail.windows(self.text.len()).any(|window| window == self.text);
+        let start = match self.text.len() {
+            0 => Some(before),
+            length => self.tail.windows(length).position(|window| window == self.text),
+        };
+        let end = start.map(|start| start + self.text.len() - before);
         let keep = self.text.len().saturating_sub(1).min(self.tail.len());
         self.tail.drain(..self.tail.len() - keep);
-        found
+        end
     }
 }
 
@@ -218,10 +238,10 @@ mod tests {
     #[test]
     fn a_text_is_found_across_parts_and_only_whole() {
         let mut needle = Needle::new(b"login:");
-        assert!(!needle.seen(b"log") && !needle.seen(b"i"));
-        assert!(needle.seen(b"n: "));
-        assert!(!needle.seen(b"gin:"));
-        assert!(needle.seen(b"xlogin:"));
+        assert_eq!((needle.seen(b"log"), needle.seen(b"i")), (None, None));
+        assert_eq!(needle.seen(b"n: "), Some(2));
+        assert_eq!(needle.seen(b"gin:"), None);
+        assert_eq!(needle.seen(b"xlogin:"), Some(7));
         assert!(needle.tail.len() < 6);
     }
 }
