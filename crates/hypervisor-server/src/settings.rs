@@ -40,7 +40,7 @@ pub struct ServerSettings {
     pub http_address: ListenAddress,
     /// Where the embedded store and the ready file lie.
     pub data_dir: PathBuf,
-    /// This server's name in elections and events; the host's name if not set.
+    /// This server's name in elections and events; the host's name and the process id if not set.
     pub id: Option<String>,
     /// How long running calls may take to end when the server stops.
     pub shutdown_timeout: HumanDuration,
