@@ -36,6 +36,31 @@ impl Leadership {
     }
 }
 
+/// Does `work` in each term of this server, until `stop`; a term that ends drops the work where it stands.
+pub(crate) async fn in_each_term<F, Work>(
+    mut leading: watch::Receiver<Option<Leadership>>,
+    stop: CancellationToken,
+    work: F,
+) where
+    F: Fn(Leadership) -> Work,
+    Work: Future<Output = ()>,
+{
+    loop {
+        let leadership = leading.borrow_and_update().clone();
+        let term = async {
+            match leadership {
+                Some(leadership) => work(leadership).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => return,
+            changed = leading.changed() => if changed.is_err() { return },
+            () = term => {}
+        }
+    }
+}
+
 /// Takes part in an election.
 pub struct Election {
     store: SharedStore,

@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::cache::{Delta, NodeEntry, State, SubscriptionError};
-use crate::election::Leadership;
+use crate::election::{Leadership, in_each_term};
 use crate::error::{Error, Result};
 use crate::events::About;
 use crate::{Cluster, TXN_BYTES, op_bytes};
@@ -53,25 +53,9 @@ struct Decision {
 
 impl Cluster {
     /// Places instances while this server leads, until `stop`.
-    pub async fn run_placer(
-        &self,
-        mut leading: watch::Receiver<Option<Leadership>>,
-        stop: CancellationToken,
-    ) {
-        loop {
-            let Some(leadership) = leading.borrow_and_update().clone() else {
-                tokio::select! {
-                    () = stop.cancelled() => return,
-                    changed = leading.changed() => if changed.is_err() { return },
-                }
-                continue;
-            };
-            tokio::select! {
-                () = stop.cancelled() => return,
-                changed = leading.changed() => if changed.is_err() { return },
-                () = self.place_while_leading(&leadership) => {}
-            }
-        }
+    pub async fn run_placer(&self, leading: watch::Receiver<Option<Leadership>>, stop: CancellationToken) {
+        in_each_term(leading, stop, |leadership| async move { self.place_while_leading(&leadership).await })
+            .await;
     }
 
     async fn place_while_leading(&self, leadership: &Leadership) {

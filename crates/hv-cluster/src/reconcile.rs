@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::cache::{Delta, State, SubscriptionError};
-use crate::election::Leadership;
+use crate::election::{Leadership, in_each_term};
 use crate::error::{Error, Result};
 use crate::events::About;
 use crate::{Cluster, TXN_BYTES, nodes, op_bytes};
@@ -31,23 +31,15 @@ impl Cluster {
     /// Reconciles while this server leads, until `stop`.
     pub async fn run_reconciler(
         &self,
-        mut leading: watch::Receiver<Option<Leadership>>,
+        leading: watch::Receiver<Option<Leadership>>,
         stop: CancellationToken,
     ) {
-        loop {
-            let Some(leadership) = leading.borrow_and_update().clone() else {
-                tokio::select! {
-                    () = stop.cancelled() => return,
-                    changed = leading.changed() => if changed.is_err() { return },
-                }
-                continue;
-            };
-            tokio::select! {
-                () = stop.cancelled() => return,
-                changed = leading.changed() => if changed.is_err() { return },
-                () = self.reconcile_while_leading(&leadership) => {}
-            }
-        }
+        in_each_term(
+            leading,
+            stop,
+            |leadership| async move { self.reconcile_while_leading(&leadership).await },
+        )
+        .await;
     }
 
     async fn reconcile_while_leading(&self, leadership: &Leadership) {

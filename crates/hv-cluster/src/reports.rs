@@ -209,7 +209,9 @@ impl Cluster {
         match after.state {
             InstanceState::Running => self.events.record(about, "Running", "runs", &source),
             InstanceState::Stopped => {
-                self.events.record(about, "Stopped", after.state_reason.clone(), &source);
+                let asked_for = after.state_reason.is_empty();
+                let message = if asked_for { "stopped, as asked for" } else { &after.state_reason };
+                self.events.record(about, "Stopped", message, &source);
             }
             InstanceState::Paused => self.events.record(about, "Paused", "stands still in memory", &source),
             InstanceState::Failed => self.events.warn(about, "Failed", after.state_reason.clone(), &source),

@@ -66,7 +66,7 @@ async fn one_key_sent_100_times_has_one_effect_on_etcd() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_answers_for_its_own_request_only() {
     let disk = disk();
-    let server = Server::start(&disk.store, config("a")).await;
+    let server = Server::idle(&disk.store, config("a")).await;
     server.cluster.create_instance(&keyed("k", 1), asked("web")).await.unwrap();
     let before = dump(&disk.store).await;
     let other = server.cluster.create_instance(&keyed("k", 2), asked("db")).await;

@@ -245,9 +245,14 @@ pub fn node_to(record: &NodeRecord, view: &NodeView, with_images: bool) -> v1::N
         last_seen: view.last_seen.map(to_timestamp),
         usage: view.usage,
         supported_instance_types: types.map(|t| t.name().to_owned()).collect(),
-        images: if with_images { record.images.iter().map(image_to).collect() } else { Vec::new() },
+        images: if with_images { images_of(record) } else { Vec::new() },
         ..node_base(record)
     }
+}
+
+fn images_of(record: &NodeRecord) -> Vec<v1::Image> {
+    let node_ids = vec![record.id.to_string()];
+    record.images.iter().map(|image| v1::Image { node_ids: node_ids.clone(), ..image_to(image) }).collect()
 }
 
 fn node_base(record: &NodeRecord) -> v1::Node {
