@@ -169,7 +169,7 @@ main() {
     say "  export HYPERVISOR_CTL_SERVER=$(address server grpc)"
     say "  $PROGRAMS/hypervisor-ctl instance console $VM"
     say "End it with:"
-    say "  $PROGRAMS/hypervisor-ctl instance delete $VM && kill ${pids[*]} && rm -rf $DEMO_DIR"
+    say "  $PROGRAMS/hypervisor-ctl --server $(address server grpc) instance delete $VM && kill ${pids[*]} && rm -rf $DEMO_DIR"
     disown -a
     return
   fi
