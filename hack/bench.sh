@@ -6,7 +6,7 @@
 
 cd "$REPO"
 
-step "what is missing" hack/setup.sh all
+step "what is missing" hack/setup.sh demo
 step "build" cargo build --release --locked --package hypervisor-server --package hypervisor-agent --package hypervisor-ctl
 # On its own: the programs are to be measured as they are shipped, not with what the bench needs.
 step "build the bench" cargo build --release --locked --package hv-testkit --example bench

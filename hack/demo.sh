@@ -153,7 +153,7 @@ main() {
   say "Hypervisor demo: one server, two agents, one virtual machine"
   clear_remains
   # These show their own progress: on a new machine they take minutes.
-  step "what is missing" hack/setup.sh all
+  step "what is missing" hack/setup.sh demo
   step "build" build
   PROGRAMS=$TARGET/release
   mkdir -p "$DEMO_DIR"

