@@ -24,7 +24,7 @@ async fn check_all(store: &SharedStore, count: usize) {
 
 /// The child, whose files cannot grow beyond the limit.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "is run by the test below, as a process of its own with a limit"]
+#[ignore = "is run by the I/O error test, as a process of its own with a limit"]
 async fn child_writes_until_an_error() {
     let Some(dir) = std::env::var_os(DIR_VARIABLE) else { return };
     let store: SharedStore = EmbeddedStore::open(&PathBuf::from(dir), EmbeddedOptions::default()).unwrap();
