@@ -74,8 +74,16 @@ demo: ## Boot a virtual machine through the whole system (KEEP=1 leaves it runni
 	KEEP=$(KEEP) hack/demo.sh
 
 .PHONY: bench
-bench: ## Compare booting through the system with bare QEMU
-	hack/bench.sh
+bench: ## Measure every bar and print one table (ROWS="lists watchers" for some groups only)
+	hack/bench.sh $(ROWS)
+
+.PHONY: chaos
+chaos: ## Kill, freeze and cut off real processes for long (CHAOS="storm 10", "cut-off 200", "leader 10" or "etcd 10")
+	hack/chaos.sh $(or $(CHAOS),storm 10)
+
+.PHONY: simulate
+simulate: ## Run random histories of simulated clusters (SEEDS=1000000 for more than 10000)
+	hack/simulate.sh $(or $(SEEDS),10000)
 
 .PHONY: test test-short test-coverage
 test: ## Install what is missing and run every suite

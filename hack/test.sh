@@ -55,6 +55,15 @@ run_doc_tests() {
   failed=$((failed + broken))
 }
 
+# Random histories of simulated clusters, HYPERVISOR_SIMULATIONS of them; together they count as one test.
+run_simulation() {
+  if "$REPO/hack/simulate.sh" "${HYPERVISOR_SIMULATIONS:-10000}"; then
+    passed=$((passed + 1))
+  else
+    failed=$((failed + 1))
+  fi
+}
+
 # Every line of the skip log was counted as a passed test by the runner.
 account_for_skips() {
   local lines
@@ -99,6 +108,8 @@ main() {
   run_nextest
   say "== doc tests"
   run_doc_tests
+  say "== simulation"
+  run_simulation
   close
 }
 

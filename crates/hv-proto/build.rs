@@ -2,11 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 7] = [
     "hypervisor/v1/common.proto",
     "hypervisor/v1/compute.proto",
     "hypervisor/v1/agent.proto",
     "hypervisor/v1/cluster.proto",
+    "hypervisor/v1/operation.proto",
+    "hypervisor/v1/store.proto",
     "hypervisor/store/v1/record.proto",
 ];
 

@@ -10,9 +10,13 @@ mod endpoint;
 mod error;
 mod pool;
 mod request_id;
+mod wire;
 
-pub use clients::{AgentClient, AssignmentClient, Clients, ClusterClient, ComputeClient, Transport};
+pub use clients::{
+    AgentClient, AssignmentClient, Clients, ClusterClient, ComputeClient, OperationClient, StoreClient, Transport,
+};
 pub use endpoint::{ClientOptions, ClientTls, Peer, channel, connect};
 pub use error::{ClientError, explain};
 pub use pool::{AgentPool, AgentPoolOptions};
 pub use request_id::AttachRequestId;
+pub use wire::Wire;

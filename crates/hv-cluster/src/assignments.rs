@@ -26,7 +26,7 @@ impl Cluster {
     /// # Errors
     /// The node belongs to another cluster or is not registered.
     pub async fn assignments(&self, claims: &ClusterId, node: NodeId) -> Result<Assignments> {
-        if claims != self.id() {
+        if *claims != self.id() {
             return Err(Error::precondition(format!(
                 "the node belongs to cluster {claims}, this is {}",
                 self.id()

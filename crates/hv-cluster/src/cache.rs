@@ -7,9 +7,18 @@
 //! # Failure and recovery
 //! A watch that ends is resumed; where the store no longer keeps the revision, everything is read afresh and the
 //! differences are published as changes, so that subscribers do not notice. [`Cache::is_fresh`] tells whether the watch runs.
+//! Only where more has changed than the history holds, as when a cache is filled for the first time, are subscribers told
+//! that they lagged.
 
+mod change;
+mod differences;
 mod feed;
+mod fill;
+mod index;
+mod intern;
+mod list;
 mod state;
+mod tally;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,21 +26,23 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use hv_store::keys::Keys;
-use hv_store::{Change, KeyRange, KeyValue, RangeRequest, SharedStore, StoreError};
+use hv_store::{Change, KeyRange, KeyValue, SharedStore, StoreError};
 use hv_types::{Revision, ServiceError};
 use parking_lot::RwLock;
+use rand::Rng;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 pub use feed::{Batch, Delta, Subscription, SubscriptionError};
-pub use state::{NodeEntry, State};
+pub use list::Chunk;
+pub use state::{Candidate, Lost, NodeEntry, State};
+pub use tally::Counts;
 
 use crate::error::Result;
+use change::Decoded;
 use feed::Feed;
 
-/// How many keys are read at once while the cache is filled.
-const FILL_PAGE: usize = 1000;
 /// How long a read waits for the cache before it gives up.
 const WAIT_LIMIT: Duration = Duration::from_secs(5);
 /// The pause before a watch that failed is tried again, at first and at most.
@@ -133,9 +144,11 @@ impl Cache {
                 );
             }
             pause = if was_fresh { RETRY_PAUSE.0 } else { (pause * 2).min(RETRY_PAUSE.1) };
+            // Servers that lost the store at once must not all come back at once.
+            let jittered = pause.mul_f64(rand::rng().random_range(0.5..1.5));
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = tokio::time::sleep(pause) => {}
+                () = tokio::time::sleep(jittered) => {}
             }
         }
     }
@@ -157,81 +170,66 @@ impl Cache {
         Err(StoreError::Closed)
     }
 
-    /// Reads everything and publishes the differences to what was known.
-    async fn fill(&self) -> std::result::Result<Revision, StoreError> {
-        let prefix = self.keys.all();
-        let mut state = State::default();
-        let mut at = None;
-        let mut start = prefix.clone();
-        let end = prefix_end(&prefix);
-        loop {
-            let request = RangeRequest {
-                keys: KeyRange::Between(start.clone(), end.clone()),
-                limit: FILL_PAGE,
-                at,
-                keys_only: false,
-            };
-            let page = self.store.range(request).await?;
-            let revision = *at.get_or_insert(page.revision);
-            if let Some(last) = page.kvs.last() {
-                start = [&last.key[..], &[0]].concat().into();
-            }
-            for kv in page.kvs {
-                self.put(&mut state, kv);
-            }
-            if !page.more {
-                self.replace(state, revision);
-                return Ok(revision);
-            }
-        }
-    }
-
-    fn replace(&self, state: State, revision: Revision) {
-        let mut inner = self.inner.write();
-        let deltas = inner.state.differences(&state);
+    fn replace(&self, mut state: State, revision: Revision) {
+        // Nobody else changes the state meanwhile: it is this task that follows the store.
+        let (deltas, backwards) = {
+            let inner = self.inner.read();
+            state.remember(&inner.state);
+            (inner.state.differences(&state), revision < inner.state.revision)
+        };
         debug!(%revision, changes = deltas.len(), "the cache was filled");
-        inner.state = state;
-        inner.state.revision = revision;
-        inner.feed.restart(revision);
-        inner.feed.publish(revision, deltas);
+        state.revision = revision;
+        let batch = (!backwards && Feed::has_room_for(&deltas)).then(|| Batch::new(&state, deltas));
+        let mut inner = self.inner.write();
+        let before = std::mem::replace(&mut inner.state, state);
+        match batch {
+            Some(batch) => {
+                inner.feed.publish(batch);
+                if before.revision == Revision(0) {
+                    inner.feed.begin_after(revision);
+                }
+            }
+            None => inner.feed.restart(revision),
+        }
         drop(inner);
         self.revision.send_replace(revision);
+        drop(before);
     }
 
     fn apply(&self, revision: Revision, changes: Vec<Change>) {
+        enum Step {
+            Put(Decoded),
+            Delete(bytes::Bytes),
+        }
+        let steps: Vec<_> = changes
+            .into_iter()
+            .map(|change| match change {
+                Change::Put(kv) => Step::Put(decode(&self.keys, &kv)),
+                Change::Deleted { key, .. } => Step::Delete(key),
+            })
+            .collect();
         let mut inner = self.inner.write();
-        let mut deltas = Vec::with_capacity(changes.len());
-        for change in changes {
-            match change {
-                Change::Put(kv) => deltas.extend(self.put(&mut inner.state, kv)),
-                Change::Deleted { key, .. } => deltas.extend(inner.state.delete(&self.keys.parse(&key))),
+        let mut deltas = Vec::with_capacity(steps.len());
+        for step in steps {
+            match step {
+                Step::Put(decoded) => deltas.extend(inner.state.put(decoded)),
+                Step::Delete(key) => deltas.extend(inner.state.delete(&self.keys.parse(&key))),
             }
         }
         inner.state.revision = revision;
-        inner.feed.publish(revision, deltas);
+        let batch = Batch::new(&inner.state, deltas);
+        inner.feed.publish(batch);
         drop(inner);
         self.revision.send_replace(revision);
     }
-
-    /// A record that cannot be read is left as it was known: one bad value must not stop the whole cluster.
-    fn put(&self, state: &mut State, kv: KeyValue) -> Vec<Delta> {
-        let key = kv.key.clone();
-        let parsed = self.keys.parse(&key);
-        state.put(&parsed, &kv).unwrap_or_else(|error| {
-            warn!(error = hv_telemetry::error_chain(&error), "a record is ignored");
-            state.note_unreadable(&parsed);
-            Vec::new()
-        })
-    }
 }
 
-/// The first key after all that start with `prefix`, which ends with a slash.
-fn prefix_end(prefix: &bytes::Bytes) -> bytes::Bytes {
-    let mut end = prefix.to_vec();
-    if let Some(last) = end.last_mut() {
-        *last += 1;
-    }
-    end.into()
+/// Reads what a key holds; what cannot be read is told of and left out.
+fn decode(keys: &Keys, kv: &KeyValue) -> Decoded {
+    Decoded::read(keys, kv).unwrap_or_else(|error| {
+        warn!(error = hv_telemetry::error_chain(&error), "a record is ignored");
+        Decoded::unreadable(keys, kv)
+    })
 }
 
 #[cfg(test)]

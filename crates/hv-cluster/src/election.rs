@@ -19,6 +19,13 @@ use tracing::{debug, info, warn};
 
 /// The pause before a failed election is tried again.
 const RETRY_PAUSE: Duration = Duration::from_millis(500);
+/// How long a server that resigns waits for the store.
+const RESIGN_LIMIT: Duration = Duration::from_secs(2);
+/// How often a lease is renewed in its time.
+const RENEWALS: u32 = 3;
+/// A leader steps down so much before its lease can have ended, as a part of its time: clocks may run at slightly
+/// different speeds.
+const STEP_DOWN_MARGIN: u32 = 20;
 
 /// The proof of leading.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,6 +61,8 @@ pub(crate) async fn in_each_term<F, Work>(
             }
         };
         tokio::select! {
+            // A server that ceased to lead does not go on for want of a turn.
+            biased;
             () = stop.cancelled() => return,
             changed = leading.changed() => if changed.is_err() { return },
             () = term => {}
@@ -100,68 +109,91 @@ impl Election {
 
     /// Waits to be elected, then leads until that ends.
     async fn term(&self, stop: &CancellationToken) -> Result<(), StoreError> {
+        let granted = Instant::now();
         let lease = self.store.lease_grant(self.ttl).await?;
         let outcome = tokio::select! {
             () = stop.cancelled() => Ok(()),
-            outcome = self.campaign_and_lead(lease) => outcome,
+            outcome = self.campaign_and_lead(lease, granted) => outcome,
         };
         self.leading.send_replace(None);
-        // Without this the next leader would have to wait for the lease to run out.
-        if let Err(error) = self.store.lease_revoke(lease).await {
-            debug!(
-                error = hv_telemetry::error_chain(&error),
-                "the leader's lease was not revoked; it runs out"
-            );
+        // Without this the next leader would have to wait for the lease to run out. A store that does not answer must not
+        // keep this server from the next term, nor from its end.
+        let revoked = tokio::time::timeout(RESIGN_LIMIT, self.store.lease_revoke(lease)).await;
+        if !matches!(revoked, Ok(Ok(()))) {
+            debug!("the leader's lease was not revoked; it runs out");
         }
         outcome
     }
 
-    async fn campaign_and_lead(&self, lease: LeaseId) -> Result<(), StoreError> {
+    async fn campaign_and_lead(&self, lease: LeaseId, granted: Instant) -> Result<(), StoreError> {
         let record =
             LeaderRecord { schema: hv_proto::convert::RECORD_SCHEMA, server_id: self.server_id.clone() };
+        // The time before the last request that renewed the lease: to put a key does not.
+        let mut renewed = granted;
         loop {
             let txn = Txn {
                 compares: vec![Compare::Absent(self.key.clone())],
                 then: vec![Op::put_leased(self.key.clone(), encode_message(&record), lease)],
                 otherwise_get: vec![self.key.clone()],
             };
-            // The time before the request: the lease may have been renewed as early as that.
-            let renewed = Instant::now();
             match self.store.txn(txn).await? {
                 TxnOutcome::Committed(since) => return self.lead(lease, since, renewed).await,
                 TxnOutcome::Refused(holder) => {
                     let after = holder.into_iter().flatten().next().map(|kv| kv.mod_revision);
-                    self.wait_for_vacancy(lease, after).await?;
+                    self.wait_for_vacancy(lease, after, &mut renewed).await?;
                 }
             }
         }
     }
 
+    /// Leads, and steps down before the lease can have ended: counted on the monotonic clock, from before the request that
+    /// renewed it last, and whether or not the store answers.
     async fn lead(&self, lease: LeaseId, since: Revision, mut renewed: Instant) -> Result<(), StoreError> {
+        let limit = self.ttl - self.ttl / STEP_DOWN_MARGIN;
+        let mut attempt = Instant::now();
+        if attempt >= renewed + limit {
+            return Err(StoreError::LeaseNotFound(lease));
+        }
         info!(server = self.server_id, "this server leads");
         self.leading.send_replace(Some(Leadership { key: self.key.clone(), since }));
-        let mut tick = tokio::time::interval(self.ttl / 3);
         loop {
-            tick.tick().await;
-            let attempt = Instant::now();
-            match self.store.lease_keep_alive(lease).await {
-                Ok(()) => renewed = attempt,
-                Err(error @ StoreError::LeaseNotFound(_)) => return Err(error),
-                Err(error) if renewed.elapsed() >= self.ttl => return Err(error),
-                Err(error) => {
-                    warn!(error = hv_telemetry::error_chain(&error), "the leader's lease was not renewed");
+            let renewal = tokio::time::timeout_at(renewed + limit, self.store.lease_keep_alive(lease));
+            let next = match renewal.await {
+                Ok(Ok(())) => {
+                    renewed = attempt;
+                    attempt + self.ttl / RENEWALS
                 }
-            }
+                Ok(Err(error @ StoreError::LeaseNotFound(_))) => return Err(error),
+                Ok(Err(error)) => {
+                    warn!(error = hv_telemetry::error_chain(&error), "the leader's lease was not renewed");
+                    Instant::now() + RETRY_PAUSE.min(self.ttl / (2 * RENEWALS))
+                }
+                Err(_) => {
+                    warn!(server = self.server_id, "the leader's lease may end; this server steps down");
+                    return Err(StoreError::LeaseNotFound(lease));
+                }
+            };
+            tokio::time::sleep_until(next.min(renewed + limit)).await;
+            attempt = Instant::now();
         }
     }
 
-    async fn wait_for_vacancy(&self, lease: LeaseId, after: Option<Revision>) -> Result<(), StoreError> {
+    async fn wait_for_vacancy(
+        &self,
+        lease: LeaseId,
+        after: Option<Revision>,
+        renewed: &mut Instant,
+    ) -> Result<(), StoreError> {
         let from = after.map(|revision| Revision(revision.0 + 1));
         let mut watch = self.store.watch(KeyRange::Key(self.key.clone()), from).await?;
-        let mut tick = tokio::time::interval(self.ttl / 3);
+        let mut tick = tokio::time::interval(self.ttl / RENEWALS);
         loop {
             tokio::select! {
-                _ = tick.tick() => self.store.lease_keep_alive(lease).await?,
+                _ = tick.tick() => {
+                    let attempt = Instant::now();
+                    self.store.lease_keep_alive(lease).await?;
+                    *renewed = attempt;
+                }
                 events = watch.next() => match events {
                     Some(events) => {
                         if events?.changes.iter().any(|change| matches!(change, Change::Deleted { .. })) {

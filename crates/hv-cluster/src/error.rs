@@ -112,6 +112,10 @@ impl From<StoreError> for Error {
             StoreError::LeaseNotFound(_) => {
                 (ErrorCode::Conflict, "a lease ended in the middle of it; try again")
             }
+            StoreError::NewerSchema { .. } => (
+                ErrorCode::FailedPrecondition,
+                "a newer release wrote this record; upgrade this server, or ask one that is upgraded",
+            ),
             StoreError::Io { .. } | StoreError::Corrupt { .. } => {
                 (ErrorCode::Internal, "the store cannot be read or written; see the server's log")
             }

@@ -7,7 +7,7 @@
 use std::time::{Duration, SystemTime};
 
 use hv_store::keys::Keys;
-use hv_store::record::Record;
+use hv_store::record::encode_events;
 use hv_store::{KeyRange, Op, SharedStore, Txn};
 use hv_types::{Event, InstanceRecord, NodeRecord, Revision};
 use parking_lot::Mutex;
@@ -79,6 +79,7 @@ impl EventLog {
             request_id: hv_telemetry::RequestId::current()
                 .map(|id| id.as_str().to_owned())
                 .unwrap_or_default(),
+            actor: String::new(),
             revision: Revision::default(),
         };
         if self.queue.try_send(event).is_err() {
@@ -114,7 +115,8 @@ impl EventLog {
     }
 
     async fn write(&self, batch: &[Event]) {
-        let then = batch.iter().map(|event| Op::put(self.keys.event(&event.id), event.encode())).collect();
+        let (Some(first), Some(value)) = (batch.first(), encode_events(batch)) else { return };
+        let then = vec![Op::put(self.keys.event(&first.id), value)];
         if let Err(error) = self.store.txn(Txn { then, ..Txn::default() }).await {
             metrics::counter!("hypervisor_events_dropped_total").increment(batch.len() as u64);
             warn!(error = hv_telemetry::error_chain(&error), count = batch.len(), "events were not recorded");

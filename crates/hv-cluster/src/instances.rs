@@ -1,7 +1,9 @@
 //! What users do with instances.
 
+mod admission;
 mod change;
 mod create;
+mod explain;
 mod filter;
 
 use std::sync::Arc;
@@ -10,13 +12,18 @@ use bytes::Bytes;
 use hv_store::record::Record;
 use hv_store::{Compare, Op};
 use hv_types::{InstanceId, InstanceRecord, Invalid};
+use hv_proto::v1;
 use prost::Message;
 
+pub(crate) use admission::Admission;
+pub(crate) use explain::Outlook;
+pub use create::{MAX_SET, MAX_SET_NAME_BYTES};
+pub use explain::MAX_PREVIEW;
 pub use filter::{Filter, Seen};
 
 use crate::Cluster;
 use crate::error::{Error, Result};
-use crate::page::Page;
+use crate::page::{First, Page};
 
 /// Largest record, in bytes. It must fit into a transaction twice, as the record and as the recorded answer, with what
 /// its node may add to it.
@@ -24,27 +31,35 @@ const MAX_RECORD_BYTES: usize = 640 << 10;
 
 /// How many bytes of instances a page has at most, so that it fits into a message; a page is cut short for it.
 const PAGE_BYTES: usize = hv_proto::MAX_MESSAGE_BYTES / 2;
+/// How many instances are looked at while the state is held.
+const LOOK_AT: usize = 2000;
 
-fn check_size_in_store(record: &InstanceRecord) -> Result<()> {
+/// The bytes that a record takes, if they are not too many.
+fn check_size_in_store(record: &InstanceRecord) -> Result<usize> {
     let size = record.encode().len();
     if size > MAX_RECORD_BYTES {
         let expected = format!("and the metadata must together take at most {MAX_RECORD_BYTES} bytes");
         return Err(Invalid::new("spec", format!("{size} bytes"), expected).into());
     }
-    Ok(())
+    Ok(size)
 }
 
 /// A page of instances.
 #[derive(Debug)]
 pub struct Listed {
     /// The instances, as users see them.
-    pub instances: Vec<Arc<InstanceRecord>>,
+    pub instances: Vec<v1::Instance>,
     /// For the next page; empty on the last.
     pub next_page_token: String,
-    /// How many match, over all pages.
+    /// How many match, over all pages: now, or, where that is not known without looking, as it was at the first page.
     pub total: usize,
-    /// The revision that this is.
+    /// The revision of the first page. What changed after it is in a watch from the next revision on.
     pub revision: hv_types::Revision,
+}
+
+/// The id of the last of some instances.
+fn last_id(instances: &[v1::Instance]) -> Option<InstanceId> {
+    instances.last().and_then(|last| last.id.parse().ok())
 }
 
 impl Cluster {
@@ -59,31 +74,68 @@ impl Cluster {
             .ok_or_else(|| Error::no_instance(id))
     }
 
-    /// Instances that match, in the order of their ids.
+    /// Instances that match, in the order of their ids; [`crate::page`] says what the pages of a list are together.
     ///
     /// # Errors
     /// The store does not answer.
     pub async fn instances(&self, filter: &Filter, page: &Page) -> Result<Listed> {
-        let after = page.after.as_deref().map(str::parse::<InstanceId>).transpose()?;
-        self.sync().await?;
-        Ok(self.cache.read(|state| {
-            let matching =
-                |record: &Arc<InstanceRecord>| Some(state.view(record)).filter(|seen| filter.matches(seen));
-            let total = state.instances_after(None).filter_map(matching).count();
-            let rest = state.instances_after(after.as_ref()).filter_map(matching);
-            let (mut instances, mut bytes, mut more) = (Vec::new(), 0, false);
-            for record in rest {
-                bytes += hv_proto::convert::instance_to(&record).encoded_len();
-                more = instances.len() == page.size || (bytes > PAGE_BYTES && !instances.is_empty());
-                if more {
+        let mut after = page.after.as_deref().map(str::parse::<InstanceId>).transpose()?;
+        match page.first {
+            // What the first page showed, this server must have seen too; what came after it, it may.
+            Some(first) => self.cache.wait_for(first.revision).await?,
+            None => drop(self.sync().await?),
+        }
+        let (known, now) = self.cache.read(|state| (state.known_count(filter), state.revision()));
+        let revision = page.first.map_or(now, |first| first.revision);
+        let total = match (known, page.first) {
+            (Some(total), _) => total,
+            (None, Some(first)) => first.total,
+            (None, None) => self.count(filter).await,
+        };
+        let (mut instances, mut bytes, mut more) = (Vec::new(), 0, true);
+        while more && instances.len() < page.size {
+            let wanted = page.size - instances.len();
+            let chunk =
+                self.cache.read(|state| state.instances_matching(filter, after.as_ref(), LOOK_AT, wanted));
+            more = chunk.next.is_some();
+            after = chunk.next;
+            for candidate in chunk.found {
+                let record = candidate.shown();
+                let message = hv_proto::convert::instance_to(&record);
+                bytes += message.encoded_len();
+                if bytes > PAGE_BYTES && !instances.is_empty() {
+                    after = last_id(&instances);
+                    more = true;
                     break;
                 }
-                instances.push(record);
+                instances.push(message);
             }
-            let last = instances.last().filter(|_| more);
-            let next_page_token = last.map(|record| page.token_after(record.id.as_str())).unwrap_or_default();
-            Listed { instances, next_page_token, total, revision: state.revision() }
-        }))
+            if bytes > PAGE_BYTES {
+                break;
+            }
+            tokio::task::consume_budget().await;
+        }
+        let next_page_token = match after.filter(|_| more) {
+            Some(after) => page.token_at(after.as_str(), First { revision, total }),
+            None => String::new(),
+        };
+        Ok(Listed { instances, next_page_token, total, revision })
+    }
+
+    /// How many instances match, looked at in pieces. A filter that no index narrows costs a look at the whole fleet,
+    /// about 0.2 s for a million; only the first page of a list pays it.
+    async fn count(&self, filter: &Filter) -> usize {
+        let (mut total, mut after) = (0, None);
+        loop {
+            let (count, next) =
+                self.cache.read(|state| state.count_matching(filter, after.as_ref(), LOOK_AT));
+            total += count;
+            if next.is_none() {
+                return total;
+            }
+            after = next;
+            tokio::task::yield_now().await;
+        }
     }
 
     /// Writes a record that was read before.
@@ -92,9 +144,12 @@ impl Cluster {
         (Compare::ModRevision(key.clone(), before.revision), Op::put(key, after.encode()))
     }
 
-    /// Removes a record that was read before, and its name.
+    /// Removes a record that was read before, and its name. A member of a set has none of its own.
     pub(crate) fn remove_instance(&self, record: &InstanceRecord) -> (Vec<Compare>, Vec<Op>) {
         let key = self.keys.instance(&record.id);
+        if !record.set.is_empty() {
+            return (vec![Compare::ModRevision(key.clone(), record.revision)], vec![Op::delete(key)]);
+        }
         let name = self.keys.instance_name(&record.project, &record.name);
         let id = Bytes::from(record.id.to_string());
         let compares =

@@ -16,9 +16,12 @@ pub mod config;
 pub mod election;
 mod error;
 pub mod events;
+pub mod failover;
+mod freeze;
 pub mod instances;
 mod leases;
 pub mod nodes;
+pub mod operations;
 pub mod page;
 pub mod placer;
 pub mod reconcile;
@@ -60,7 +63,12 @@ pub struct Cluster {
     pub(crate) events: EventLog,
     pub(crate) config: ClusterConfig,
     pub(crate) liveness: nodes::Liveness,
+    pub(crate) gates: nodes::Gates,
+    pub(crate) reporters: reports::Reporters,
     pub(crate) request_leases: leases::RollingLease,
+    pub(crate) creates: placer::Queue,
+    pub(crate) admission: instances::Admission,
+    pub(crate) outlook: instances::Outlook,
     id: ClusterId,
 }
 
@@ -81,15 +89,20 @@ impl Cluster {
             events,
             config,
             liveness: nodes::Liveness::default(),
+            gates: nodes::Gates::default(),
+            reporters: reports::Reporters::default(),
             request_leases: leases::RollingLease::default(),
+            creates: placer::Queue::default(),
+            admission: instances::Admission::default(),
+            outlook: instances::Outlook::default(),
             id,
         }))
     }
 
-    /// The cluster's identity.
+    /// The cluster's identity. It changes only where its records are restored from a backup.
     #[must_use]
-    pub fn id(&self) -> &ClusterId {
-        &self.id
+    pub fn id(&self) -> ClusterId {
+        self.cache.read(|state| state.cluster_id().cloned()).unwrap_or_else(|| self.id.clone())
     }
 
     /// The cache that reads are served from.
@@ -138,6 +151,8 @@ async fn cluster_id(store: &SharedStore, keys: &Keys) -> Result<ClusterId> {
         schema: hv_proto::convert::RECORD_SCHEMA,
         id: ClusterId::generate().to_string(),
         created_at: Some(hv_proto::convert::to_timestamp(SystemTime::now())),
+        restored_at: None,
+        frozen: false,
     };
     let txn = Txn {
         compares: vec![Compare::Absent(keys.cluster())],

@@ -5,69 +5,36 @@
 //! through any server, and writes nothing else unless the node's inventory changed. When the lease ends the store
 //! deletes the sign of life, every server's cache sees it, and the node is NOT_READY everywhere at once.
 
+mod liveness;
 mod maintenance;
+mod registration;
+mod removal;
+mod settings;
 
-use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::SystemTime;
 
-use hv_proto::convert::{NodeView, RECORD_SCHEMA};
-use hv_proto::store::NodeLease;
+use hv_proto::convert::{self, NodeView};
 use hv_proto::v1;
-use hv_store::record::{Record, encode_message};
-use hv_store::{Compare, LeaseId, Op, StoreError, Txn, TxnOutcome};
+use hv_store::record::Record;
+use hv_store::{Compare, Op, Txn, TxnOutcome};
 use hv_types::node::Schedulability;
-use hv_types::{
-    ClusterId, DriverInfo, ImageInfo, NodeCondition, NodeId, NodeRecord, NodeRole, NodeStatus, Resources,
-    Revision, Selector,
-};
-use parking_lot::Mutex;
+use hv_types::{NodeId, NodeRecord, NodeRole, NodeStatus, Resources, Revision, Selector};
 
 use crate::Cluster;
 use crate::cache::{NodeEntry, State};
 use crate::error::{Error, Result};
-use crate::events::About;
 use crate::page::Page;
+use crate::requests::{Done, Mutation, Plan};
 
-pub use maintenance::Blocker;
-pub(crate) use maintenance::stays;
+pub use liveness::{Liveness, Lost};
+pub use maintenance::{Blocker, DrainOptions, outlook};
+pub(crate) use maintenance::{active_drain, keeps, stays};
+pub(crate) use registration::Gates;
+pub use registration::{Beat, Inventory, Registered, Sign};
+pub use settings::Settings;
 
 /// How often a registration is tried when others change the node at the same time.
 const ATTEMPTS: usize = 8;
-
-/// What heartbeats said last, in memory only.
-#[derive(Default)]
-pub struct Liveness(Mutex<HashMap<NodeId, (SystemTime, Option<v1::NodeUsage>)>>);
-
-impl Liveness {
-    fn seen(&self, id: &NodeId, usage: Option<v1::NodeUsage>) {
-        let mut nodes = self.0.lock();
-        let entry = nodes.entry(id.clone()).or_insert((SystemTime::now(), None));
-        entry.0 = SystemTime::now();
-        if usage.is_some() {
-            entry.1 = usage;
-        }
-    }
-
-    fn of(&self, id: &NodeId) -> Option<(SystemTime, Option<v1::NodeUsage>)> {
-        self.0.lock().get(id).copied()
-    }
-
-    fn forget(&self, id: &NodeId) {
-        self.0.lock().remove(id);
-    }
-}
-
-/// What a heartbeat may change of a node.
-#[derive(Clone, Debug)]
-pub struct Inventory {
-    /// How it is doing.
-    pub conditions: Vec<NodeCondition>,
-    /// What it can run.
-    pub drivers: Vec<DriverInfo>,
-    /// The images it has.
-    pub images: Vec<ImageInfo>,
-}
 
 /// Which nodes a list or watch is about. All must hold; `None` and empty accept any.
 #[derive(Clone, Debug, Default)]
@@ -100,128 +67,29 @@ impl NodeFilter {
     }
 }
 
+/// What a change of a node does beside it, in the same transaction.
+#[derive(Default)]
+struct Beside {
+    compares: Vec<Compare>,
+    then: Vec<Op>,
+}
+
+/// A change of a node that this call has made.
+struct Change {
+    before: Arc<NodeRecord>,
+    after: NodeRecord,
+}
+
+fn found<'a>(state: &'a State, id: &NodeId) -> Result<(&'a NodeEntry, Arc<NodeRecord>)> {
+    let entry = state.node(id).ok_or_else(|| Error::no_node(id))?;
+    let record = entry.record.clone().ok_or_else(|| Error::no_node(id))?;
+    Ok((entry, record))
+}
+
 /// A node with what the API shows beside its record.
 pub type Shown = (Arc<NodeRecord>, NodeView);
 
 impl Cluster {
-    /// Makes a node known, or renews what is known of it, and starts its lease.
-    ///
-    /// # Errors
-    /// It belongs to another cluster, or its id is in use by another host.
-    pub async fn register_node(&self, claims: Option<&ClusterId>, node: NodeRecord) -> Result<NodeId> {
-        self.check_cluster(claims)?;
-        for _ in 0..ATTEMPTS {
-            self.sync().await?;
-            let known = self.cache.read(|state| state.node(&node.id).cloned());
-            if let Some(entry) = &known {
-                check_host(entry, &node)?;
-            }
-            if self.write_registration(known.as_ref(), &node).await? {
-                self.liveness.seen(&node.id, None);
-                if known.is_none_or(|entry| !entry.is_live()) {
-                    self.events.record(About::Node(&node), "NodeReady", "registered", "server");
-                }
-                return Ok(node.id);
-            }
-        }
-        Err(Error::conflict(format!("node {}", node.id)))
-    }
-
-    fn check_cluster(&self, claims: Option<&ClusterId>) -> Result<()> {
-        match claims {
-            Some(other) if other != self.id() => Err(Error::precondition(format!(
-                "the node belongs to cluster {other}, this is cluster {}; point it at its own servers, or, if the old \
-                 cluster is gone, remove the node's state directory to start afresh",
-                self.id()
-            ))),
-            _ => Ok(()),
-        }
-    }
-
-    /// Writes the record and the sign of life; false if somebody else changed the node in between.
-    async fn write_registration(&self, known: Option<&NodeEntry>, node: &NodeRecord) -> Result<bool> {
-        let key = self.keys.node(&node.id);
-        let record = known.and_then(|entry| entry.record.as_ref());
-        let (compare, node) = match record {
-            None => (Compare::Absent(key.clone()), node.clone()),
-            Some(old) => {
-                let renewed = NodeRecord {
-                    created_at: old.created_at,
-                    schedulability: old.schedulability,
-                    drain_discards_disks: old.drain_discards_disks,
-                    ..node.clone()
-                };
-                (Compare::ModRevision(key.clone(), old.revision), renewed)
-            }
-        };
-        let lease = self.renew_or_grant(known.and_then(|entry| entry.lease)).await?;
-        let sign = NodeLease { schema: RECORD_SCHEMA, lease_id: lease.0 };
-        let txn = Txn {
-            compares: vec![compare],
-            then: vec![
-                Op::put(key, node.encode()),
-                Op::put_leased(self.keys.node_lease(&node.id), encode_message(&sign), lease),
-            ],
-            otherwise_get: Vec::new(),
-        };
-        match self.store.txn(txn).await {
-            Ok(TxnOutcome::Committed(revision)) => {
-                self.cache.wait_for(revision).await?;
-                Ok(true)
-            }
-            Ok(TxnOutcome::Refused(_)) | Err(StoreError::LeaseNotFound(_)) => Ok(false),
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    async fn renew_or_grant(&self, lease: Option<LeaseId>) -> Result<LeaseId> {
-        if let Some(lease) = lease {
-            match self.store.lease_keep_alive(lease).await {
-                Ok(()) => return Ok(lease),
-                Err(StoreError::LeaseNotFound(_)) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(self.store.lease_grant(self.config.heartbeat_timeout).await?)
-    }
-
-    /// Renews a node's lease; false if the node must register again.
-    ///
-    /// # Errors
-    /// It belongs to another cluster, or the store does not answer.
-    pub async fn heartbeat(
-        &self,
-        claims: Option<&ClusterId>,
-        id: &NodeId,
-        inventory: Option<Inventory>,
-        usage: Option<v1::NodeUsage>,
-    ) -> Result<bool> {
-        self.check_cluster(claims)?;
-        let lease = || self.cache.read(|state| state.node(id).and_then(|entry| entry.lease));
-        let mut known = lease();
-        if known.is_none() {
-            // It may have registered through another server just now.
-            self.sync().await?;
-            known = lease();
-        }
-        let Some(lease) = known else { return Ok(false) };
-        match self.store.lease_keep_alive(lease).await {
-            Ok(()) => {}
-            Err(StoreError::LeaseNotFound(_)) => return Ok(false),
-            Err(error) => return Err(error.into()),
-        }
-        self.liveness.seen(id, usage);
-        if let Some(inventory) = inventory {
-            self.update_node(id, |node| {
-                node.conditions.clone_from(&inventory.conditions);
-                node.drivers.clone_from(&inventory.drivers);
-                node.images.clone_from(&inventory.images);
-            })
-            .await?;
-        }
-        Ok(true)
-    }
-
     /// Changes a node's record by compare-and-set; nothing is written if nothing changes.
     pub(crate) async fn update_node(
         &self,
@@ -271,15 +139,85 @@ impl Cluster {
     pub fn show(&self, state: &State, id: &NodeId) -> Option<Shown> {
         let entry = state.node(id)?;
         let record = entry.record.clone()?;
-        let seen = self.liveness.of(id);
-        let view = NodeView {
-            status: entry.status(),
+        let view = self.view_of(entry, &record);
+        Some((record, view))
+    }
+
+    /// What the API shows of a node beside `record`, which may be what is about to be written.
+    fn view_of(&self, entry: &NodeEntry, record: &NodeRecord) -> NodeView {
+        let seen = self.liveness.of(&record.id);
+        let status = match record.schedulability {
+            _ if !entry.is_live() => NodeStatus::NotReady,
+            Schedulability::Open => NodeStatus::Ready,
+            Schedulability::Cordoned => NodeStatus::Maintenance,
+            Schedulability::Draining => NodeStatus::Draining,
+        };
+        let lost = self.liveness.lost(&record.id).filter(|_| !entry.is_live());
+        NodeView {
+            status,
             allocated: entry.allocated,
             instance_count: entry.instances.len(),
             last_seen: seen.map(|(at, _)| at),
             usage: seen.and_then(|(_, usage)| usage),
-        };
-        Some((record, view))
+            lost_since: lost.map(|lost| lost.at),
+        }
+    }
+
+    /// Changes a node's record for a user, once per request key, and answers with the node.
+    ///
+    /// `change` works on a copy of the record; with it go the conditions and the changes of other records that it adds.
+    async fn change_node(
+        &self,
+        mutation: &Mutation,
+        id: &NodeId,
+        change: impl FnMut(&State, &NodeEntry, &mut NodeRecord, &mut Beside) -> Result<()>,
+    ) -> Result<(Done<v1::Node>, Option<Change>)> {
+        let (mut done, made) = self.change_node_as(mutation, id, change, |_, _, node| node).await?;
+        if done.reply.revision == 0 {
+            done.reply.revision = done.revision.0;
+        }
+        Ok((done, made))
+    }
+
+    /// As [`change_node`](Self::change_node), with an answer of another form. The node's revision in it is 0 where it was
+    /// changed.
+    async fn change_node_as<M: prost::Message + Default + Clone>(
+        &self,
+        mutation: &Mutation,
+        id: &NodeId,
+        mut change: impl FnMut(&State, &NodeEntry, &mut NodeRecord, &mut Beside) -> Result<()>,
+        answer: impl Fn(&State, &NodeRecord, v1::Node) -> M,
+    ) -> Result<(Done<M>, Option<Change>)> {
+        let mut made = None;
+        let done = self
+            .mutate(mutation, &format!("node {id}"), || {
+                self.cache.read(|state| {
+                    let (entry, before) = found(state, id)?;
+                    let mut after = NodeRecord::clone(&before);
+                    let mut beside = Beside::default();
+                    change(state, entry, &mut after, &mut beside)?;
+                    let view = self.view_of(entry, &after);
+                    if after == *before && beside.then.is_empty() {
+                        made = None;
+                        return Ok(Plan::unchanged(answer(
+                            state,
+                            &before,
+                            convert::node_to(&before, &view, false),
+                        )));
+                    }
+                    let key = self.keys.node(id);
+                    beside.compares.push(Compare::ModRevision(key.clone(), before.revision));
+                    beside.then.push(Op::put(key, after.encode()));
+                    after.revision = Revision::default();
+                    let reply = answer(state, &after, convert::node_to(&after, &view, false));
+                    made = Some(Change { before, after });
+                    Ok(Plan { compares: beside.compares, then: beside.then, reply })
+                })
+            })
+            .await?;
+        self.cache.wait_for(done.revision).await?;
+        let made = made.filter(|_| done.fresh);
+        Ok((done, made))
     }
 
     /// Nodes that match, in the order of their ids: a page, the token for the next, how many in all, the revision.
@@ -313,73 +251,11 @@ impl Cluster {
         }))
     }
 
-    /// Forgets a node that no instance is bound to.
-    ///
-    /// It is cordoned first: a binding compares the node's record, so that after this nothing more can be bound to it,
-    /// and what was bound before is seen.
-    ///
-    /// # Errors
-    /// There is none, or instances are bound to it.
-    pub async fn deregister_node(&self, id: &NodeId) -> Result<()> {
-        self.sync().await?;
-        let before = self.empty_node(id)?;
-        if before.schedulability == Schedulability::Open {
-            self.update_node(id, |node| node.schedulability = Schedulability::Cordoned).await?;
-            self.sync().await?;
-        }
-        let record = match self.empty_node(id) {
-            Ok(record) => record,
-            Err(refusal) => {
-                if before.schedulability == Schedulability::Open {
-                    self.update_node(id, |node| node.schedulability = Schedulability::Open).await?;
-                }
-                return Err(refusal);
-            }
-        };
-        let txn = Txn {
-            compares: vec![Compare::ModRevision(self.keys.node(id), record.revision)],
-            then: vec![Op::delete(self.keys.node(id)), Op::delete(self.keys.node_lease(id))],
-            otherwise_get: Vec::new(),
-        };
-        match self.store.txn(txn).await? {
-            TxnOutcome::Committed(revision) => {
-                self.liveness.forget(id);
-                self.events.record(About::Node(&record), "NodeRemoved", "deregistered", "user");
-                self.cache.wait_for(revision).await
-            }
-            TxnOutcome::Refused(_) => Err(Error::conflict(format!("node {id}"))),
-        }
-    }
-
-    /// The record of a node that no instance is bound to.
-    fn empty_node(&self, id: &NodeId) -> Result<Arc<NodeRecord>> {
-        let record = self.node_record(id)?;
-        let count = self.cache.read(|state| state.instances_on(id).count());
-        if count > 0 {
-            let (hostname, plural) = (&record.hostname, if count == 1 { "" } else { "s" });
-            let message =
-                format!("node {hostname} still has {count} instance{plural}; drain it or delete them first");
-            return Err(Error::precondition(message));
-        }
-        Ok(record)
-    }
-
     /// What all nodes have, and what instances were promised of it.
     #[must_use]
     pub fn totals(state: &State) -> (Resources, Resources) {
         let capacity = state.nodes().map(|(record, _)| record.allocatable).sum();
         let allocated = state.nodes().map(|(_, entry)| entry.allocated).sum();
         (capacity, allocated)
-    }
-}
-
-/// Two machines with the same id, cloned from one image say, must not fight over one record.
-fn check_host(entry: &NodeEntry, node: &NodeRecord) -> Result<()> {
-    match &entry.record {
-        Some(old) if entry.is_live() && old.hostname != node.hostname => Err(Error::precondition(format!(
-            "node id {} is in use by host {}; give host {} an id of its own by removing its state directory",
-            node.id, old.hostname, node.hostname
-        ))),
-        _ => Ok(()),
     }
 }

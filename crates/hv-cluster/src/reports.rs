@@ -5,6 +5,9 @@
 //! - A node is told to give an instance up only where the store, asked after the report came, has no record that binds
 //!   it there. Doubt is answered with [`Verdict::Retry`]: destroying too little can be mended, too much cannot.
 
+use std::collections::HashSet;
+use std::time::{Duration, SystemTime};
+
 use hv_proto::{convert, v1};
 use hv_store::{Compare, Op, StoreError, Txn, TxnOutcome};
 use hv_telemetry::crash::{self, Point};
@@ -12,6 +15,8 @@ use hv_types::{
     ClusterId, Epoch, InstanceId, InstanceRecord, InstanceState, Invalid, NodeId, ServiceError, Wanted,
     validate,
 };
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
 use tracing::warn;
 
 use crate::Cluster;
@@ -25,6 +30,51 @@ pub const MAX_REPORTS: usize = 100;
 const TXN_REPORTS: usize = 30;
 /// Longest reason that is stored, in bytes; a longer one is cut.
 const MAX_REASON_BYTES: usize = 4 << 10;
+
+/// Most nodes whose reports are written at once.
+const MAX_TURNS: usize = 64;
+/// Of how many unknown instances it is remembered that they were told of.
+const MAX_TOLD: usize = 10_000;
+
+/// Who reports now. A node has one call at a time and calls take turns in the order they came, so that one that floods
+/// this server waits for itself and not others for it.
+pub(crate) struct Reporters {
+    busy: Mutex<HashSet<NodeId>>,
+    turns: Semaphore,
+    told: Mutex<HashSet<InstanceId>>,
+}
+
+impl Default for Reporters {
+    fn default() -> Self {
+        Self { busy: Mutex::default(), turns: Semaphore::new(MAX_TURNS), told: Mutex::default() }
+    }
+}
+
+impl Reporters {
+    /// A place for the node, unless another call of it is under way.
+    fn enter(&self, node: &NodeId) -> Option<Reporting<'_>> {
+        let entered = self.busy.lock().insert(node.clone());
+        entered.then(|| Reporting { reporters: self, node: node.clone() })
+    }
+
+    /// Whether it was not told of the instance yet.
+    fn is_news(&self, id: &InstanceId) -> bool {
+        let mut told = self.told.lock();
+        told.len() < MAX_TOLD && told.insert(id.clone())
+    }
+}
+
+/// A node's place among those who report; given up when the call ends, however it does.
+struct Reporting<'a> {
+    reporters: &'a Reporters,
+    node: NodeId,
+}
+
+impl Drop for Reporting<'_> {
+    fn drop(&mut self) {
+        self.reporters.busy.lock().remove(&self.node);
+    }
+}
 
 /// What a node saw of one instance.
 #[derive(Clone, Debug)]
@@ -45,6 +95,8 @@ pub struct Report {
     pub started_at: Option<std::time::SystemTime>,
     /// Nothing of it is left on the node.
     pub gone: bool,
+    /// How often the node has started it again by itself.
+    pub restart_count: u32,
 }
 
 impl TryFrom<v1::InstanceReport> for Report {
@@ -64,6 +116,7 @@ impl TryFrom<v1::InstanceReport> for Report {
             ip_address: report.ip_address,
             started_at: report.started_at.as_ref().map(convert::from_timestamp),
             gone: report.gone,
+            restart_count: report.restart_count,
         })
     }
 }
@@ -97,7 +150,7 @@ impl Cluster {
         node: &NodeId,
         reports: &[Report],
     ) -> Result<Vec<Verdict>> {
-        if claims != self.id() {
+        if *claims != self.id() {
             return Err(Error::precondition(format!(
                 "the node belongs to cluster {claims}, this is {}",
                 self.id()
@@ -107,7 +160,15 @@ impl Cluster {
             let expected = format!("must have at most {MAX_REPORTS} entries");
             return Err(Invalid::new("reports", reports.len(), expected).into());
         }
+        let Some(_place) = self.reporters.enter(node) else {
+            return Ok(vec![Verdict::Retry; reports.len()]);
+        };
+        // The semaphore is never closed.
+        let _turn = self.reporters.turns.acquire().await.ok();
         self.sync().await?;
+        if self.is_frozen() {
+            return Ok(vec![Verdict::Retry; reports.len()]);
+        }
         let mut verdicts = Vec::with_capacity(reports.len());
         for chunk in reports.chunks(TXN_REPORTS) {
             match self.report_together(node, chunk).await? {
@@ -146,9 +207,11 @@ impl Cluster {
                 }
             }
         });
+        self.tell_of_orphans(node, reports);
         if txn.then.is_empty() {
             return Ok(Some(verdicts));
         }
+        txn.compares.push(self.unfrozen()?);
         crash::reach(if removes { Point::ServerRemoveBeforeTxn } else { Point::ServerReportBeforeTxn });
         let outcome = match self.store.txn(txn).await {
             // Together they are too large for the store; alone they are not.
@@ -196,6 +259,28 @@ impl Cluster {
         }
     }
 
+    /// Tells, once each, of instances that the records do not know of since they were restored from a backup.
+    fn tell_of_orphans(&self, node: &NodeId, reports: &[Report]) {
+        let orphans: Vec<_> = self.cache.read(|state| {
+            let record = state.node(node).and_then(|entry| entry.record.clone());
+            let orphans = reports.iter().filter(|report| {
+                !report.gone && state.instance(&report.id).is_none() && is_orphan(state, &report.id)
+            });
+            orphans.filter_map(|report| Some((report.id.clone(), record.clone()?))).collect()
+        });
+        for (id, record) in orphans {
+            if self.reporters.is_news(&id) {
+                let message = format!(
+                    "instance {id} is on node {}, but not in the records, which were restored from a backup since it was \
+                     made; it is left alone: save what it holds, then remove it on the node with `hypervisor-ctl \
+                     --server {}:{} vm delete {id}`",
+                    record.hostname, record.ip, record.port
+                );
+                self.events.warn(About::Node(&record), "OrphanInstance", message, "reports");
+            }
+        }
+    }
+
     fn tell(&self, node: &NodeId, before: &InstanceRecord, after: Option<&InstanceRecord>) {
         let source = format!("agent/{node}");
         let about = About::Instance(before);
@@ -227,6 +312,19 @@ impl Cluster {
     }
 }
 
+/// Whether an instance that is not in the records may be one that a restored backup does not know of: one that was made
+/// before the records were restored. What was made afterwards would be there.
+fn is_orphan(state: &State, id: &InstanceId) -> bool {
+    let restored = state.cluster().and_then(|(record, _)| record.restored_at.as_ref());
+    let Some(restored_at) = restored.map(convert::from_timestamp) else { return false };
+    let stamp = uuid::Uuid::try_parse(id.as_str()).ok().and_then(|id| id.get_timestamp());
+    // Where the id does not tell, nothing is destroyed.
+    stamp.is_none_or(|stamp| {
+        let (seconds, nanos) = stamp.to_unix();
+        SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos) <= restored_at
+    })
+}
+
 /// What a report of `node` does.
 fn judge(state: &State, node: &NodeId, report: &Report) -> Effect {
     if state.is_unreadable(&report.id) {
@@ -234,7 +332,9 @@ fn judge(state: &State, node: &NodeId, report: &Report) -> Effect {
         return Effect::Nothing(Verdict::Retry);
     }
     let Some(record) = state.instance(&report.id) else {
-        return Effect::Nothing(Verdict::Release);
+        // A store that was set back does not know what was made since: its word that there is no such instance is none.
+        let verdict = if is_orphan(state, &report.id) { Verdict::Retry } else { Verdict::Release };
+        return Effect::Nothing(verdict);
     };
     if report.epoch > record.epoch {
         // Only a store that was set back to an earlier state knows less than a node. Nothing is destroyed on its word.
@@ -262,6 +362,9 @@ fn judge(state: &State, node: &NodeId, report: &Report) -> Effect {
     after.observed_generation =
         record.observed_generation.max(report.observed_generation.min(record.generation));
     after.ip_address.clone_from(&report.ip_address);
+    after.restart_count = report.restart_count;
+    // The node speaks: whatever was said of its loss is over.
+    after.recovery_note.clear();
     after.started_at = report.started_at.or(record.started_at);
     if !leaving && report.observed_generation < record.generation && report.state.is_settled() {
         // The node has not seen the latest request yet: what it says is the state before it.
@@ -291,6 +394,8 @@ fn unbound(record: &InstanceRecord, node: &NodeId) -> InstanceRecord {
         observed_generation: if stopped { record.generation } else { record.observed_generation },
         ip_address: String::new(),
         started_at: None,
+        restart_count: 0,
+        recovery_note: String::new(),
         ..record.clone()
     }
 }

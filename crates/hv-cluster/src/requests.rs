@@ -8,7 +8,7 @@
 
 use hv_proto::store::RequestRecord;
 use hv_store::record::{decode_message, encode_message};
-use hv_store::{Compare, KeyValue, Op, StoreError, StoreExt, Txn, TxnOutcome};
+use hv_store::{Compare, KeyValue, LeaseId, Op, StoreError, StoreExt, Txn, TxnOutcome};
 use hv_types::{RequestKey, Revision};
 use prost::Message;
 
@@ -111,7 +111,7 @@ impl Cluster {
     }
 
     /// The answer that was recorded for the request key, if it has one.
-    async fn recorded<M: Message + Default>(&self, mutation: &Mutation) -> Result<Option<Done<M>>> {
+    pub(crate) async fn recorded<M: Message + Default>(&self, mutation: &Mutation) -> Result<Option<Done<M>>> {
         let Some(key) = &mutation.key else { return Ok(None) };
         let kv = self.store.get(self.keys.request(key)).await?;
         kv.map(|kv| repeat(mutation, &kv)).transpose()
@@ -120,29 +120,50 @@ impl Cluster {
     async fn transaction<M: Message>(&self, mutation: &Mutation, plan: &Plan<M>) -> Result<Txn> {
         let mut txn =
             Txn { compares: plan.compares.clone(), then: plan.then.clone(), otherwise_get: Vec::new() };
-        if let Some(key) = &mutation.key {
-            let record = RequestRecord {
-                schema: hv_proto::convert::RECORD_SCHEMA,
-                method: mutation.method.into(),
-                digest: mutation.digest.clone().into(),
-                reply: plan.reply.encode_to_vec().into(),
-            };
-            let store_key = self.keys.request(key);
+        if !txn.then.is_empty() || mutation.key.is_some() {
+            txn.compares.push(self.unfrozen()?);
+        }
+        if mutation.key.is_some() {
             let lease = self.request_leases.current(&self.store, self.config.request_ttl).await?;
-            txn.compares.push(Compare::Absent(store_key.clone()));
-            txn.otherwise_get.push(store_key.clone());
-            txn.then.push(Op::put_leased(store_key, encode_message(&record), lease));
+            self.record_request(&mut txn, mutation, &plan.reply, lease);
         }
         Ok(txn)
     }
+
+    /// Adds the record of the mutation's key, if it has one, to a transaction.
+    pub(crate) fn record_request(
+        &self,
+        txn: &mut Txn,
+        mutation: &Mutation,
+        reply: &impl Message,
+        lease: LeaseId,
+    ) {
+        let Some(key) = &mutation.key else { return };
+        let record = RequestRecord {
+            schema: hv_proto::convert::RECORD_SCHEMA,
+            method: mutation.method.into(),
+            digest: mutation.digest.clone().into(),
+            reply: reply.encode_to_vec().into(),
+        };
+        let store_key = self.keys.request(key);
+        txn.compares.push(Compare::Absent(store_key.clone()));
+        txn.otherwise_get.push(store_key.clone());
+        txn.then.push(Op::put_leased(store_key, encode_message(&record), lease));
+    }
 }
 
-fn repeat<M: Message + Default>(mutation: &Mutation, kv: &KeyValue) -> Result<Done<M>> {
+/// The refusal of a key that stands for another request.
+pub(crate) fn key_was_used() -> Error {
+    Error::precondition(
+        "this request key was used for another request in the last 24 hours; use a new key for a new request",
+    )
+}
+
+/// The answer that `kv`, the record of the mutation's key, holds.
+pub(crate) fn repeat<M: Message + Default>(mutation: &Mutation, kv: &KeyValue) -> Result<Done<M>> {
     let record: RequestRecord = decode_message(kv)?;
     if record.method != mutation.method || record.digest != mutation.digest {
-        return Err(Error::precondition(
-            "this request key was used for another request in the last 24 hours; use a new key for a new request",
-        ));
+        return Err(key_was_used());
     }
     let reply = M::decode(record.reply).map_err(|cause| {
         hv_types::ServiceError::internal("the recorded answer cannot be read").caused_by(cause)

@@ -3,7 +3,8 @@
 //! # Theory of operation
 //! "Running" is a word in a file of the state directory, so instances outlive the agent as those of a real runtime
 //! do. A guest that ends by itself is a time in that file: whoever looks later finds it ended. [`read_ledger`] tells
-//! every start and end that ever happened, so that a test can prove that there was no second one.
+//! every start and end that ever happened, so that a test can prove that there was no second one. A file beside it, as
+//! the fencer makes it, ends a guest whatever the first file says.
 
 mod guest;
 mod options;
@@ -19,8 +20,8 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use hv_driver::{
-    Capability, Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Exit, Fingerprint,
-    Handle, InstanceConfig, LogRequest, Observed, Result, Stats, StopMode,
+    Capability, Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Exit, FenceTarget,
+    Fingerprint, Handle, InstanceConfig, LogRequest, Observed, Result, Stats, StopMode,
 };
 use hv_types::{ImageInfo, InstanceId, InstanceType};
 use parking_lot::Mutex;
@@ -276,6 +277,11 @@ impl Driver for FakeDriver {
             Err(DriverError::NotFound(_)) => Ok(Observed::Absent),
             Err(e) => Err(e),
         }
+    }
+
+    fn fence_target(&self, id: &InstanceId) -> Option<FenceTarget> {
+        let path = self.shared.files.marker_path(id);
+        Some(FenceTarget::Marker { path: std::path::absolute(&path).unwrap_or(path) })
     }
 
     async fn list(&self) -> Result<Vec<InstanceId>> {

@@ -67,6 +67,8 @@ pub struct Script {
     pub exit_after: Option<Duration>,
     /// With this code.
     pub exit_code: i32,
+    /// Only after the first so many starts; `None`: after each.
+    pub exits: Option<u32>,
     /// The guest does not hear that it is to power off: a graceful stop takes its whole timeout.
     pub ignore_shutdown: bool,
 }
@@ -144,7 +146,7 @@ impl Script {
 
     /// This script with an instance's annotations on top: `fake.hypervisor/fail-create: "2"`, `delay-start: "500ms"`,
     /// `hang-stop: "always"`, `fail-permanently-create: "true"`, `fail-late-start: "1"`, `exit-after: "1s"`,
-    /// `exit-code: "3"`, `ignore-shutdown: "true"`.
+    /// `exit-code: "3"`, `exits: "2"` (only the first two starts end so), `ignore-shutdown: "true"`.
     ///
     /// # Errors
     /// Names the annotation that is not understood.
@@ -161,6 +163,7 @@ impl Script {
         match name {
             "exit-after" => self.exit_after = Some(duration::parse(value)?),
             "exit-code" => self.exit_code = value.parse().map_err(|_| "must be a number".to_owned())?,
+            "exits" => self.exits = Some(count(value)?),
             "ignore-shutdown" => self.ignore_shutdown = flag(value)?,
             _ => {
                 let unknown = || format!("the fake knows no `{name}`");

@@ -48,6 +48,12 @@ pub enum Phase {
     },
 }
 
+impl Phase {
+    pub(crate) fn runs(&self) -> bool {
+        matches!(self, Self::Running { .. } | Self::Paused { .. })
+    }
+}
+
 /// One instance, as stored.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
@@ -94,19 +100,36 @@ pub enum LedgerEvent {
 /// # Errors
 /// The ledger cannot be read.
 pub fn read_ledger(state_dir: &Path) -> io::Result<Vec<LedgerEntry>> {
-    match fs::read_to_string(state_dir.join(LEDGER)) {
-        Ok(text) => Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(e) => Err(e),
+    let mut ledger: Vec<LedgerEntry> = match fs::read_to_string(state_dir.join(LEDGER)) {
+        Ok(text) => text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect(),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(e) => return Err(e),
+    };
+    // Ends that the fencer brought about, and that no driver has seen yet.
+    let files = Files { dir: state_dir.to_owned() };
+    for id in files.list()? {
+        let runs = files.load(&id)?.is_some_and(|record| record.phase.runs());
+        if let Some(at_us) = files.fenced_at(&id)?.filter(|_| runs) {
+            ledger.push(LedgerEntry { id, what: LedgerEvent::Ended, at_us, pid: 0 });
+        }
     }
+    Ok(ledger)
 }
 
-/// What is stored of one instance; `None` if nothing is.
+/// What is stored of one instance, ended if the fencer ended it; `None` if nothing is.
 ///
 /// # Errors
 /// The file cannot be read.
 pub fn read_record(state_dir: &Path, id: &InstanceId) -> io::Result<Option<Record>> {
-    Files { dir: state_dir.to_owned() }.load(id)
+    let files = Files { dir: state_dir.to_owned() };
+    let mut record = files.load(id)?;
+    if let Some(record) = &mut record
+        && record.phase.runs()
+        && files.fenced_at(id)?.is_some()
+    {
+        record.phase = Phase::Stopped(Exit::Fenced);
+    }
+    Ok(record)
 }
 
 pub(crate) fn now_ms() -> u64 {
@@ -125,6 +148,28 @@ pub(crate) struct Files {
 impl Files {
     fn record_path(&self, id: &InstanceId) -> PathBuf {
         self.dir.join(format!("{id}.json"))
+    }
+
+    /// Where the fencer's word lies that the instance has ended.
+    pub(crate) fn marker_path(&self, id: &InstanceId) -> PathBuf {
+        self.dir.join(format!("{id}.fenced"))
+    }
+
+    /// When the fencer ended it, in microseconds since 1970; `None` if it did not.
+    pub(crate) fn fenced_at(&self, id: &InstanceId) -> io::Result<Option<u64>> {
+        match fs::read_to_string(self.marker_path(id)) {
+            Ok(text) => Ok(Some(text.trim().parse().unwrap_or(0))),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// What the fencer did counts no more: it has been taken over into the record.
+    pub(crate) fn unmark(&self, id: &InstanceId) -> io::Result<()> {
+        match fs::remove_file(self.marker_path(id)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
     }
 
     fn log_path(&self, id: &InstanceId) -> PathBuf {
@@ -149,7 +194,8 @@ impl Files {
 
     /// The record goes last: as long as something is there, [`Files::list`] finds it.
     pub(crate) fn remove(&self, id: &InstanceId) -> io::Result<()> {
-        for path in [self.log_path(id), self.dir.join(format!(".{id}.partial")), self.record_path(id)] {
+        let partial = self.dir.join(format!(".{id}.partial"));
+        for path in [self.log_path(id), self.marker_path(id), partial, self.record_path(id)] {
             match fs::remove_file(path) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
                 _ => {}
@@ -174,7 +220,10 @@ impl Files {
     }
 
     pub(crate) fn note(&self, id: &InstanceId, what: LedgerEvent) -> io::Result<()> {
-        let at_us = u64::try_from(since_epoch().as_micros()).unwrap_or(u64::MAX);
+        self.note_at(id, what, u64::try_from(since_epoch().as_micros()).unwrap_or(u64::MAX))
+    }
+
+    pub(crate) fn note_at(&self, id: &InstanceId, what: LedgerEvent, at_us: u64) -> io::Result<()> {
         let entry = LedgerEntry { id: id.clone(), what, at_us, pid: std::process::id() };
         let mut line = serde_json::to_vec(&entry)?;
         line.push(b'\n');

@@ -47,7 +47,17 @@ impl Shared {
         operation: &'static str,
     ) -> Result<Record> {
         let mut record = self.load(id, operation)?.ok_or_else(|| DriverError::NotFound(id.clone()))?;
-        if let Phase::Running { exit_at_ms: Some(at), exit_code, .. } = record.phase
+        let fenced = self.files.fenced_at(id).map_err(|e| DriverError::failed(id, operation, e))?;
+        if let Some(at_us) = fenced
+            && record.phase.runs()
+        {
+            record.phase = Phase::Stopped(Exit::Fenced);
+            let noted = self.files.note_at(id, LedgerEvent::Ended, at_us);
+            noted.map_err(|e| DriverError::failed(id, operation, e))?;
+            self.save(&record, operation)?;
+            live.remove(id);
+            self.tell(id, "it was fenced");
+        } else if let Phase::Running { exit_at_ms: Some(at), exit_code, .. } = record.phase
             && now_ms() >= at
         {
             let exit = match exit_code {
@@ -184,9 +194,13 @@ impl Shared {
 
     pub(crate) fn started(&self, live: &mut Live, record: &mut Record, script: &Script) -> Result<()> {
         let id = record.config.id.clone();
+        self.files.unmark(&id).map_err(|e| DriverError::failed(&id, "start", e))?;
         let now = now_ms();
-        let exit_at_ms =
-            script.exit_after.map(|after| now + u64::try_from(after.as_millis()).unwrap_or(u64::MAX / 2));
+        let exits = record.starts < script.exits.unwrap_or(u32::MAX);
+        let exit_at_ms = script
+            .exit_after
+            .filter(|_| exits)
+            .map(|after| now + u64::try_from(after.as_millis()).unwrap_or(u64::MAX / 2));
         record.phase = Phase::Running { since_ms: now, exit_at_ms, exit_code: script.exit_code };
         record.starts += 1;
         // The ledger first: a start that was recorded twice would be found, one that was not recorded would not.

@@ -8,8 +8,8 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use hv_driver::{
-    Capability, Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Exit, Fingerprint,
-    Handle, InstanceConfig, LogRequest, Observed, Result, Stats, StopMode, log,
+    Capability, Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Exit, FenceTarget,
+    Fingerprint, Handle, InstanceConfig, LogRequest, Observed, Result, Stats, StopMode, log,
 };
 use hv_telemetry::crash::{self, Point};
 use hv_types::{ImageInfo, InstanceId, InstanceType};
@@ -19,7 +19,7 @@ use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
 use crate::console::{self, History};
-use crate::files::{CONFIG, InstanceDir, StateDir, Stored, VNC_SOCKET};
+use crate::files::{CONFIG, InstanceDir, LOCK, StateDir, Stored, VNC_SOCKET};
 use crate::images::Images;
 use crate::machine::{Live, Machine, Shared};
 use crate::platform::{self, Platform};
@@ -252,6 +252,11 @@ impl Driver for QemuDriver {
             Found::Part => Ok(Observed::Stopped(Exit::NeverStarted)),
             Found::Whole(machine) => machine.observe().await,
         }
+    }
+
+    /// The lock is taken before QEMU is started and is QEMU's own from then on: there is no moment between.
+    fn fence_target(&self, id: &InstanceId) -> Option<FenceTarget> {
+        Some(FenceTarget::LockHolder { path: self.state.of(id).join(LOCK) })
     }
 
     async fn list(&self) -> Result<Vec<InstanceId>> {

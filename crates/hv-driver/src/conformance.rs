@@ -13,6 +13,7 @@ use hv_types::{InstanceId, InstanceSpec, Metadata};
 
 use crate::{Driver, DriverError, Exit, InstanceConfig, Observed, Result};
 
+pub mod fencing;
 pub mod lifecycle;
 pub mod output;
 pub mod recovery;
@@ -88,6 +89,9 @@ macro_rules! driver_conformance {
             recovery: a_kill_while_nobody_watched_is_no_success,
             recovery: an_end_after_recovery_is_told,
             recovery: a_handle_of_another_version_does_no_harm,
+            fencing: a_fenced_instance_is_gone_and_starts_again_when_told,
+            fencing: an_instance_is_fenced_while_nobody_drives_it,
+            fencing: fencing_what_does_not_run_does_no_harm,
             output: the_console_greets_and_echoes,
             output: two_consoles_see_the_same,
             output: a_late_console_sees_the_history,

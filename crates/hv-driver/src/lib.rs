@@ -7,6 +7,8 @@
 //! - Everything that belongs to an instance lies in one place named after its id, so that [`Driver::list`] finds what
 //!   a crash left behind, and [`Driver::delete`] leaves nothing.
 //! - Instances outlive the agent. [`Driver::recover`] finds them again without touching them.
+//! - Where [`Driver::fence_target`] names a target, killing it ends the instance whatever becomes of the driver and its
+//!   process, and nothing but a `start` makes it run again.
 //! - What a runtime cannot do is refused with [`DriverError::Unsupported`], never ignored.
 //!
 //! # Assumptions
@@ -26,9 +28,11 @@ use tokio::sync::mpsc;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod error;
+pub mod fence;
 pub mod log;
 
 pub use error::{DriverError, Result};
+pub use fence::FenceTarget;
 
 /// What an instance is to be, as its driver sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,6 +94,8 @@ pub enum Exit {
     Failed(String),
     /// It was seen running and is gone, and nobody knows how: the host restarted, or the process was killed.
     Lost,
+    /// The node stopped it because the control plane was out of reach and might start it elsewhere.
+    Fenced,
 }
 
 /// How to stop.
@@ -299,6 +305,13 @@ pub trait Driver: Send + Sync + 'static {
 
     /// What it is doing.
     async fn observe(&self, id: &InstanceId) -> Result<Observed>;
+
+    /// How this instance is killed for certain without this driver: by another process, while the agent hangs or is
+    /// dead. The answer holds from before the instance is first started until it is deleted. `None`: it cannot be.
+    fn fence_target(&self, id: &InstanceId) -> Option<FenceTarget> {
+        let _ = id;
+        None
+    }
 
     /// Every instance of which something is there.
     async fn list(&self) -> Result<Vec<InstanceId>>;

@@ -7,17 +7,28 @@ mod common;
 mod event;
 mod instance;
 mod node;
+mod operation;
+mod placement;
 
 pub use common::{from_timestamp, labels_from, resources_from, resources_to, selector_from, to_timestamp};
-pub use event::{event_from_record, event_to, event_to_record};
+pub use event::{event_to, events_from_record, events_to_record};
 pub use instance::{
     assignment_to, create_request_from, instance_from_record, instance_to, instance_to_record,
     instance_type_from, instance_type_to, metadata_from, metadata_to, project_from, spec_from, spec_to,
     state_from, state_to, wanted_from, wanted_to,
 };
 pub use node::{
-    NodeView, condition_from, condition_to, driver_from, driver_to, image_from, image_to, node_from_record,
-    node_from_registration, node_to, node_to_record, role_from, role_to, status_from, status_to,
+    NodeView, condition_from, condition_to, driver_from, driver_to, fencing_from, image_from, image_to,
+    node_from_record, node_from_registration, node_to, node_to_record, role_from, role_to, status_from,
+    status_to,
+};
+
+pub use operation::{
+    operation_from_record, operation_state_from, operation_state_to, operation_to, operation_to_record,
+};
+pub use placement::{
+    failover_policy_from, failover_policy_to, overcommit_from, overcommit_to, placement_from, placement_to,
+    restart_policy_from, restart_policy_to, taint_from, taint_to,
 };
 
 /// The version of the records that this code writes, and the highest that it reads.

@@ -9,6 +9,9 @@ use tonic::{Code, Status};
 /// The metadata key that carries the stable error code.
 pub const ERROR_CODE_KEY: &str = "x-error-code";
 
+/// The metadata key that says after how many milliseconds a call may be sent again (gRPC proposal A6).
+pub const RETRY_PUSHBACK_KEY: &str = "grpc-retry-pushback-ms";
+
 fn grpc_code(code: ErrorCode) -> Code {
     match code {
         ErrorCode::InvalidArgument => Code::InvalidArgument,

@@ -1,121 +1,60 @@
-//! Placement as a pure function: nodes and a request in, a node or the counted rejections out.
+//! Placement, without I/O and without a clock: a fleet of nodes and what is bound to them, and for each ask a node, or
+//! how many nodes each rule rejected.
 //!
 //! # Theory of operation
-//! Every node passes through the rules in the order of [`Rule`]; the first that rejects it is the one that is
-//! counted, so that the counts add up to the number of nodes. Of the nodes that are left, a [`Strategy`] ranks, and
-//! chance decides among the near-best: it keeps two schedulers from choosing alike, and a bad node from getting everything.
+//! A [`Fleet`] is told of nodes ([`NodeView`]) and bindings change by change. An [`Ask`] is what one instance wants. Every
+//! node passes through the rules in the order of [`Rule`]; the first that rejects it is the one that is counted, so that
+//! the counts add up to the number of nodes. Of the nodes that are left those with the fewest soft taints come first, then
+//! those that meet the most preferences, then the [`Strategy`] ranks; chance decides among the near-best: it keeps two
+//! schedulers from choosing alike, and a bad node from getting everything.
+//!
+//! No decision does that row by row. What makes it fast is that three things are kept apart:
+//!
+//! | what | depends on | kept as | changes with |
+//! |---|---|---|---|
+//! | fixed rules: liveness, type, place, labels, taints, image | class of node, shape of ask | one verdict for each group of equal nodes, remembered for each shape | a class of node that was not there before |
+//! | room and fullness | what is bound | a lattice for each group: nodes by free cores and memory, as bit masks | each binding: one node, one cell |
+//! | rules about other instances | what is bound where | counts by node, zone and region, for the rules that are asked | each binding, where such rules are |
+//!
+//! So a decision costs groups times occupied rows of their lattices, not nodes, and a change costs what it changes. A
+//! decision that fails costs cells, or nodes where rules tell the nodes of a group apart. Nodes are scored one by one only
+//! where preferences tell nodes of one group apart and none meets them all, or where few nodes come into question anyway.
 //!
 //! # Invariants
-//! - The node chosen has room for the request.
+//! - What is placed has room, and meets every required rule; so does everything bound before, as far as it keeps others
+//!   away.
+//! - Its score is at most [`NEAR`] below the best.
 //! - The rejections of a failed placement sum to the number of nodes.
+//! - Answers depend on the nodes and bindings that were told, not on how it came to them.
+//! - Memory is that of the nodes, of what is bound, and of at most 512 shapes and 256 queries about other instances.
+//!
+//! The first four are property tests against a reference that remembers nothing (`tests/it`).
 
-mod rank;
+mod ask;
+mod choose;
+mod columns;
+mod counts;
+mod explanation;
+mod fleet;
+mod groups;
+mod hash;
+mod lattice;
+mod node;
+mod others;
+mod preemption;
 mod rejection;
+mod rules;
+mod score;
+mod shapes;
+mod slab;
+mod strategy;
+mod view;
 
-use hv_types::{InstanceRecord, InstanceType, Labels, NodeId, Resources};
-use rand::Rng;
-
-pub use rank::Strategy;
+pub use ask::{Ask, order};
+pub use explanation::{Explanation, MAX_BEST, MAX_EXAMPLES, Rejected, Remedy, Scored};
+pub use fleet::{Fleet, NodeIndex, Placed};
+pub use node::{Images, NodeView};
+pub use preemption::{MAX_VICTIMS, Preemption};
 pub use rejection::{Rejections, Rule};
-
-/// A node as the scheduler sees it.
-#[derive(Clone, Debug)]
-pub struct Candidate {
-    /// Which node.
-    pub id: NodeId,
-    /// Its host name, for explanations.
-    pub hostname: String,
-    /// Whether its lease lives.
-    pub live: bool,
-    /// Whether the operator lets it take instances.
-    pub open: bool,
-    /// What it can run, with a healthy driver.
-    pub types: Vec<InstanceType>,
-    /// The images it has, for the types whose images must be there beforehand.
-    pub images: Images,
-    /// Region, may be empty.
-    pub region: String,
-    /// Zone, may be empty.
-    pub zone: String,
-    /// Labels that selectors are matched with.
-    pub labels: Labels,
-    /// What instances may use of it.
-    pub allocatable: Resources,
-    /// What is promised already.
-    pub allocated: Resources,
-}
-
-/// The images of a node.
-#[derive(Clone, Debug, Default)]
-pub struct Images {
-    /// Types that can start any image.
-    pub any: Vec<InstanceType>,
-    /// Images by type and name.
-    pub local: std::collections::HashSet<(InstanceType, String)>,
-}
-
-impl Images {
-    fn has(&self, instance_type: InstanceType, image: &str) -> bool {
-        image.is_empty()
-            || self.any.contains(&instance_type)
-            || self.local.contains(&(instance_type, image.to_owned()))
-    }
-}
-
-impl Candidate {
-    /// What is left of it.
-    #[must_use]
-    pub fn free(&self) -> Resources {
-        self.allocatable.minus(self.allocated)
-    }
-}
-
-/// The first rule that keeps `instance` off `node`, if any does.
-#[must_use]
-pub fn reject(node: &Candidate, instance: &InstanceRecord) -> Option<Rule> {
-    let placement = &instance.placement;
-    let need = instance.resources();
-    let free = node.free();
-    let rules = [
-        (Rule::PreferredNode, placement.preferred_node.as_ref().is_some_and(|id| *id != node.id)),
-        (Rule::NotReady, !node.live),
-        (Rule::Cordoned, !node.open),
-        (Rule::InstanceType, !node.types.contains(&instance.instance_type)),
-        (Rule::Region, !placement.region.is_empty() && placement.region != node.region),
-        (Rule::Zone, !placement.zone.is_empty() && placement.zone != node.zone),
-        (Rule::Labels, !placement.node_selector.matches(&node.labels)),
-        (Rule::Image, !node.images.has(instance.instance_type, &instance.spec.image)),
-        (Rule::Cpu, need.cpu_cores > free.cpu_cores),
-        (Rule::Memory, need.memory_bytes > free.memory_bytes),
-        (Rule::Disk, need.disk_bytes > free.disk_bytes),
-        (Rule::Gpu, need.gpu_count > free.gpu_count),
-    ];
-    rules.into_iter().find_map(|(rule, rejects)| rejects.then_some(rule))
-}
-
-/// The index of the node for `instance`.
-///
-/// # Errors
-/// No node can take it; says how many each rule rejected.
-pub fn place(
-    nodes: &[Candidate],
-    instance: &InstanceRecord,
-    strategy: Strategy,
-    rng: &mut impl Rng,
-) -> Result<usize, Rejections> {
-    let mut rejections = Rejections::new(nodes.len());
-    let mut fitting = Vec::new();
-    for (index, node) in nodes.iter().enumerate() {
-        match reject(node, instance) {
-            Some(rule) => rejections.count(rule),
-            None => fitting.push(index),
-        }
-    }
-    if fitting.is_empty() {
-        return Err(rejections);
-    }
-    Ok(rank::choose(nodes, &fitting, instance.resources(), strategy, rng))
-}
-
-#[cfg(test)]
-mod tests;
+pub use score::{NEAR, PREFERENCE, SOFT_TAINT, Score, fullness};
+pub use strategy::Strategy;

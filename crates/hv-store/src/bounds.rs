@@ -19,13 +19,14 @@ const OVERHEAD_BYTES: usize = 32;
 
 /// The keys from `start` (included) to `end` (excluded, none is "to the last").
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Interval {
+pub struct Interval {
     pub(crate) start: Bytes,
     pub(crate) end: Option<Bytes>,
 }
 
 impl Interval {
-    pub(crate) fn of(keys: &KeyRange) -> Self {
+    /// The interval of a range of keys.
+    pub fn of(keys: &KeyRange) -> Self {
         match keys {
             KeyRange::Key(key) => Self { start: key.clone(), end: Some(successor(key)) },
             KeyRange::Prefix(prefix) => Self { start: prefix.clone(), end: prefix_end(prefix) },
@@ -33,11 +34,18 @@ impl Interval {
         }
     }
 
-    pub(crate) fn contains(&self, key: &[u8]) -> bool {
+    /// The first key that may be in it.
+    pub fn first(&self) -> &Bytes {
+        &self.start
+    }
+
+    /// Whether the key is in it.
+    pub fn contains(&self, key: &[u8]) -> bool {
         key >= &self.start[..] && self.end.as_ref().is_none_or(|end| key < &end[..])
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
+    /// Whether no key is in it.
+    pub fn is_empty(&self) -> bool {
         self.end.as_ref().is_some_and(|end| self.start >= *end)
     }
 
@@ -106,21 +114,33 @@ fn check_bound(bound: &[u8]) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn check_range(request: &RangeRequest) -> Result<()> {
+/// Refuses a read beyond a bound.
+///
+/// # Errors
+/// [`StoreError::InvalidRequest`] names the bound.
+pub fn check_range(request: &RangeRequest) -> Result<()> {
     if request.limit == 0 || request.limit > MAX_RANGE_LIMIT {
         return invalid(format!("a range's limit is {}; it must be 1 to {MAX_RANGE_LIMIT}", request.limit));
     }
     check_keys(&request.keys)
 }
 
-pub(crate) fn check_watch(keys: &KeyRange) -> Result<()> {
+/// Refuses a watch beyond a bound.
+///
+/// # Errors
+/// [`StoreError::InvalidRequest`] names the bound.
+pub fn check_watch(keys: &KeyRange) -> Result<()> {
     if Interval::of(keys).is_empty() {
         return invalid("a watch of an empty range would never see anything");
     }
     check_keys(keys)
 }
 
-pub(crate) fn check_txn(txn: &Txn) -> Result<()> {
+/// Refuses a transaction beyond a bound.
+///
+/// # Errors
+/// [`StoreError::InvalidRequest`] names the bound.
+pub fn check_txn(txn: &Txn) -> Result<()> {
     let lists = [
         ("compares", txn.compares.len()),
         ("operations", txn.then.len()),
@@ -133,9 +153,7 @@ pub(crate) fn check_txn(txn: &Txn) -> Result<()> {
     }
     let mut total_bytes = 0;
     for compare in &txn.compares {
-        let (key, operand_bytes) = compare_parts(compare);
-        check_key(key)?;
-        total_bytes += key.len() + operand_bytes + OVERHEAD_BYTES;
+        total_bytes += check_compare(compare)? + OVERHEAD_BYTES;
     }
     for op in &txn.then {
         total_bytes += check_op(op)? + OVERHEAD_BYTES;
@@ -153,7 +171,7 @@ pub(crate) fn check_txn(txn: &Txn) -> Result<()> {
 }
 
 /// A lease's time in whole seconds, rounded up.
-pub(crate) fn lease_seconds(ttl: Duration) -> Result<u64> {
+pub fn lease_seconds(ttl: Duration) -> Result<u64> {
     let seconds = ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0);
     if seconds == 0 || seconds > MAX_LEASE_SECONDS {
         return invalid(format!("a lease of {ttl:?} was asked for; it must be 1 s to {MAX_LEASE_SECONDS} s"));
@@ -161,14 +179,21 @@ pub(crate) fn lease_seconds(ttl: Duration) -> Result<u64> {
     Ok(seconds)
 }
 
-fn compare_parts(compare: &crate::Compare) -> (&Bytes, usize) {
-    use crate::Compare::{Absent, CreateRevision, ModRevision, Present, Value, Version};
-    match compare {
+/// How many bytes a compare takes.
+fn check_compare(compare: &crate::Compare) -> Result<usize> {
+    use crate::Compare::{Absent, CreateRevision, ModRevision, NoneIn, Present, Value, Version};
+    let (key, operand_bytes) = match compare {
         Absent(key) | Present(key) | ModRevision(key, _) | CreateRevision(key, _) | Version(key, _) => {
             (key, 0)
         }
         Value(key, value) => (key, value.len()),
-    }
+        NoneIn(keys) => {
+            check_keys(keys)?;
+            return Ok(2 * Interval::of(keys).start.len());
+        }
+    };
+    check_key(key)?;
+    Ok(key.len() + operand_bytes)
 }
 
 fn check_op(op: &Op) -> Result<usize> {

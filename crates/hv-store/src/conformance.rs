@@ -1,7 +1,7 @@
 //! The suite that every backend passes, and the etcd starter that its users need. Built for tests only.
 //!
 //! Each function is a chapter and works below a prefix of its own, so that chapters can share a store; those that
-//! compact ([`compaction`], [`history`]) must not run beside others on the same one. A chapter panics where the contract
+//! compact ([`compaction`], [`history`], [`upkeep`]) must not run beside others on the same one. A chapter panics where the contract
 //! is broken.
 
 use crate::SharedStore;
@@ -16,6 +16,7 @@ mod probe;
 mod races;
 mod skip;
 mod transactions;
+mod upkeep;
 mod watches;
 
 pub use skip::skip;
@@ -51,6 +52,11 @@ pub async fn compaction(store: &SharedStore) {
 /// Leases. Takes some ten seconds, as leases last whole seconds.
 pub async fn leases(store: &SharedStore) {
     leases::run(store).await;
+}
+
+/// Status and defragmentation. Compacts, and makes the store stand still for moments.
+pub async fn upkeep(store: &SharedStore) {
+    upkeep::run(store).await;
 }
 
 /// Many tasks on the same keys.

@@ -16,10 +16,12 @@
 //! Watches are told the newest revision, nothing else; each fetches the changes at its own pace from the latest ones in
 //! memory ([`EmbeddedOptions::recent_bytes`]) or from `log`. A slow watch costs the writer nothing.
 //!
-//! Leases live by the monotonic clock. Only their granted time is on disk; renewing one writes nothing.
+//! Leases live by the monotonic clock. Only their granted time is on disk; renewing one writes nothing. A lease never
+//! ends because this process was stopped or restarted: `embedded/lease.rs` says how.
 //!
 //! Compaction moves the oldest readable revision forward at once, and drops the rows in small steps along with other
-//! batches or when idle. Without being asked, the store keeps [`EmbeddedOptions::auto_compact_revisions`] revisions.
+//! batches or when idle. Without being asked, the store keeps [`EmbeddedOptions::auto_compact_revisions`] revisions, and
+//! fewer where they would take more than [`EmbeddedOptions::max_history_bytes`].
 //!
 //! # Failure and recovery
 //! - *Crash, power cut*: the file holds exactly the batches whose flush was done, whole. Opening checks the file. Every
@@ -37,13 +39,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::bounds::{Interval, check_range, check_txn, check_watch};
 use crate::{
-    Health, KeyRange, LeaseId, RangeRequest, RangeResult, Result, Revision, Store, StoreError, Txn,
-    TxnOutcome, WatchStream,
+    DefragmentStep, Health, KeyRange, LeaseId, OnDefragment, RangeRequest, RangeResult, Result, Revision,
+    Store, StoreError, StoreStatus, Txn, TxnOutcome, WatchStream,
 };
 
 mod apply;
@@ -56,6 +58,7 @@ mod room;
 mod tables;
 mod writer;
 
+use apply::Kept;
 use disk::Disk;
 use lease::Leases;
 use read::Place;
@@ -69,6 +72,11 @@ const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Ranges up to this limit are read where they are asked for; longer ones on a thread of their own.
 const INLINE_RANGE_LIMIT: usize = 64;
 
+/// How full the pages of a tree are on the average: what is used is estimated by it.
+const FILL_PERCENT: u64 = 70;
+/// What a file takes that holds nothing.
+const EMPTY_BYTES: u64 = 1 << 20;
+
 /// How the embedded store is tuned.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EmbeddedOptions {
@@ -78,6 +86,8 @@ pub struct EmbeddedOptions {
     pub recent_bytes: usize,
     /// How many revisions can be read and watched; older ones are dropped.
     pub auto_compact_revisions: u64,
+    /// How many bytes of superseded versions are kept, with the latest 100 revisions in any case.
+    pub max_history_bytes: u64,
     /// Writing is refused when the file system has less room than this.
     pub min_free_bytes: u64,
     /// Check the whole file when opening it, also after it was closed cleanly.
@@ -87,9 +97,10 @@ pub struct EmbeddedOptions {
 impl Default for EmbeddedOptions {
     fn default() -> Self {
         Self {
-            cache_bytes: 8 << 20,
+            cache_bytes: 16 << 20,
             recent_bytes: 2 << 20,
             auto_compact_revisions: 100_000,
+            max_history_bytes: 512 << 20,
             min_free_bytes: 16 << 20,
             verify_on_open: true,
         }
@@ -117,12 +128,16 @@ impl EmbeddedStore {
         let place = disk.place();
         let shared = Arc::new(Shared {
             disk,
-            leases: Mutex::new(Leases::default()),
+            leases: Mutex::new(Leases::new(Instant::now())),
             recent: Mutex::new(Recent::new(options.recent_bytes)),
             trouble: Mutex::new(None),
             batch_since: Mutex::new(None),
+            ended: Mutex::new(false),
+            ending: Condvar::new(),
         });
-        let tuning = Tuning { auto_compact_revisions: options.auto_compact_revisions.max(1) };
+        let kept =
+            Kept { revisions: options.auto_compact_revisions.max(1), bytes: options.max_history_bytes };
+        let tuning = Tuning { kept };
         let (commands, queue) = mpsc::channel(MAX_QUEUED);
         let (publish, committed) = watch::channel(meta.revision);
         let writer = Writer::new(Arc::clone(&shared), tuning, meta, publish);
@@ -132,6 +147,11 @@ impl EmbeddedStore {
         let thread = std::thread::Builder::new()
             .name("store-writer".to_owned())
             .spawn(move || runtime.block_on(writer.run(queue)))
+            .map_err(failed)?;
+        let clock = Arc::clone(&shared);
+        std::thread::Builder::new()
+            .name("store-clock".to_owned())
+            .spawn(move || clock.watch_the_clock())
             .map_err(failed)?;
         tracing::info!(dir = %place, revision = meta.revision, oldest = meta.oldest, "store opened");
         Ok(Arc::new(Self {
@@ -151,6 +171,7 @@ impl EmbeddedStore {
         if let Some(writer) = writer {
             // It panics only on a defect, which has been reported by then.
             drop(tokio::task::spawn_blocking(move || writer.join()).await);
+            self.shared.end();
         }
     }
 
@@ -179,6 +200,7 @@ impl Drop for EmbeddedStore {
         // most one batch away from its end.
         if let Some(writer) = self.writer.lock().take() {
             drop(writer.join());
+            self.shared.end();
         }
     }
 }
@@ -241,6 +263,36 @@ impl Store for EmbeddedStore {
 
     async fn compact(&self, revision: Revision) -> Result<()> {
         self.ask(|reply| Command::Compact(revision, reply)).await
+    }
+
+    async fn status(&self) -> Result<StoreStatus> {
+        let health = self.health().await?;
+        let meta =
+            read::read(&self.shared, Place::Inline, "reading", |txn| Ok(Ok(tables::read_meta(txn)?))).await?;
+        let filled = (meta.live_bytes + meta.history_bytes) / FILL_PERCENT * 100 + EMPTY_BYTES;
+        let is_full = self.shared.disk.room.is_short();
+        let mut status = StoreStatus {
+            oldest: Some(Revision(meta.oldest)),
+            used_bytes: filled.min(health.size_bytes),
+            is_full,
+            ..StoreStatus::from(health)
+        };
+        for member in &mut status.members {
+            member.endpoint.clone_from(&self.place);
+            member.used_bytes = status.used_bytes;
+        }
+        Ok(status)
+    }
+
+    async fn defragment(&self, on_step: OnDefragment<'_>) -> Result<()> {
+        let size_mib = || Ok::<_, StoreError>(self.shared.disk.size_bytes()? >> 20);
+        let before = size_mib()?;
+        let message = format!("moving the pages of {} together; reads and writes wait", self.place);
+        on_step(DefragmentStep { message, done: 0, total: 1 });
+        self.ask(Command::Defragment).await?;
+        let message = format!("{} went from {before} to {} MiB", self.place, size_mib()?);
+        on_step(DefragmentStep { message, done: 1, total: 1 });
+        Ok(())
     }
 
     async fn health(&self) -> Result<Health> {

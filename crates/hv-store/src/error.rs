@@ -59,6 +59,18 @@ pub enum StoreError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A record was written by a newer release, with a meaning that this one does not know.
+    #[error(
+        "the record {key} has schema {found}, this release reads up to {known}; upgrade this server first"
+    )]
+    NewerSchema {
+        /// Which key.
+        key: String,
+        /// The schema found.
+        found: u32,
+        /// The highest that this release reads.
+        known: u32,
+    },
     /// The store is being closed.
     #[error("the store is closed")]
     Closed,
@@ -75,6 +87,7 @@ impl StoreError {
             | Self::LeaseNotFound(_)
             | Self::Io { .. }
             | Self::Corrupt { .. }
+            | Self::NewerSchema { .. }
             | Self::Closed => false,
         }
     }

@@ -9,7 +9,9 @@
 //! one from the revision after that, on whichever member answers, so nothing is lost or repeated. etcd may split a large
 //! revision; its parts are put together again.
 //!
-//! All renewals of leases share one stream (`keep_alive`).
+//! Those who ask for the revision at the same time share one read that began after they asked (`shared_reads`).
+//!
+//! All renewals of leases share a few streams (`keep_alive`).
 //!
 //! # Progress of watches
 //! A watch is told of a revision that changed nothing in its range when etcd notifies it, which by etcd's default is every
@@ -22,7 +24,10 @@
 //!   [`EtcdOptions::request_timeout`]; watches go on trying. Everything resumes by itself.
 //! - *A member hangs or is cut off from the others*: a call takes at most the request's time, the next ones go elsewhere;
 //!   watches move on within [`PING_INTERVAL`] and [`PING_TIMEOUT`].
-//! - *etcd is full*: [`StoreError::Full`]. Health tells of the alarm.
+//! - *etcd is filling up*: etcd refuses everything that grows once it has reached its quota, and has to be told when that is
+//!   over. Before that, from [`REFUSE_PERCENT`] of the quota on, transactions with puts are refused here with
+//!   [`StoreError::Full`]; deleting, leases, compaction and reading go on. Compaction and [`Store::defragment`] make room;
+//!   below [`ACCEPT_PERCENT`] writes are accepted again and the alarm, where etcd has raised it, is cleared.
 //! - *etcd 3.5.0 to 3.5.2 crashes*: it may have lost acknowledged writes (etcd's issue 13766). Health warns of these versions.
 
 use std::path::PathBuf;
@@ -35,21 +40,27 @@ use etcd_client::{CompactionOptions, LeaseGrantOptions};
 
 use crate::bounds::{Interval, check_range, check_txn, check_watch, lease_seconds};
 use crate::{
-    Health, KeyRange, LeaseId, RangeRequest, RangeResult, Result, Revision, Store, StoreError, Txn,
-    TxnOutcome, WatchStream,
+    Health, KeyRange, LeaseId, OnDefragment, RangeRequest, RangeResult, Result, Revision, Store, StoreError,
+    StoreStatus, Txn, TxnOutcome, WatchStream,
 };
 
 mod error;
 mod health;
 mod keep_alive;
 mod members;
+mod quota;
 mod range;
+mod shared_reads;
+mod status;
 mod txn;
 mod watch;
 mod wire;
 
 use keep_alive::KeepAlive;
 use members::{Members, Repeat};
+use quota::Quota;
+pub use quota::{ACCEPT_PERCENT, DEFAULT_QUOTA_BYTES, REFUSE_PERCENT};
+use shared_reads::SharedReads;
 
 /// How often an idle connection that has calls open is checked. etcd takes more than one in 5 s for an attack.
 pub const PING_INTERVAL: Duration = Duration::from_secs(6);
@@ -73,6 +84,8 @@ pub struct EtcdOptions {
     pub channels: usize,
     /// The prefix below which everything is that this program and its peers write: see "Progress of watches".
     pub scope: Option<Bytes>,
+    /// The members' `--quota-backend-bytes`. `None`: what they report (etcd 3.6 and later do), or else etcd's default.
+    pub quota_bytes: Option<u64>,
 }
 
 impl Default for EtcdOptions {
@@ -85,6 +98,7 @@ impl Default for EtcdOptions {
             request_timeout: Duration::from_secs(5),
             channels: 4,
             scope: None,
+            quota_bytes: None,
         }
     }
 }
@@ -105,6 +119,8 @@ pub struct EtcdStore {
     members: Arc<Members>,
     keep_alive: KeepAlive,
     scope: Option<Interval>,
+    quota: Arc<Quota>,
+    reads: SharedReads,
 }
 
 impl EtcdStore {
@@ -116,9 +132,18 @@ impl EtcdStore {
     /// certificate cannot be read.
     pub async fn connect(options: EtcdOptions) -> Result<Arc<Self>> {
         let scope = options.scope.clone().map(|scope| Interval::of(&KeyRange::Prefix(scope)));
+        let quota = Arc::new(Quota::new(options.quota_bytes));
         let members = Arc::new(Members::new(options)?);
-        let store = Arc::new(Self { keep_alive: KeepAlive::start(Arc::clone(&members)), members, scope });
+        let keep_alive = KeepAlive::start(Arc::clone(&members));
+        let read_by = Arc::clone(&members);
+        let reads = SharedReads::start(move || {
+            let members = Arc::clone(&read_by);
+            async move { range::revision(&members).await }
+        });
+        let store = Arc::new(Self { keep_alive, members, scope, quota, reads });
         store.revision().await?;
+        quota::observe(&store.members, &store.quota).await;
+        quota::follow(&store.members, &store.quota);
         tracing::info!(endpoints = %store.members.endpoints(), "connected to etcd");
         Ok(store)
     }
@@ -138,6 +163,7 @@ impl Store for EtcdStore {
 
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome> {
         check_txn(&txn)?;
+        self.quota.admit(&txn, &self.members)?;
         txn::txn(&self.members, txn).await
     }
 
@@ -152,7 +178,7 @@ impl Store for EtcdStore {
     }
 
     async fn revision(&self) -> Result<Revision> {
-        range::revision(&self.members).await
+        self.reads.revision().await
     }
 
     async fn lease_grant(&self, ttl: Duration) -> Result<LeaseId> {
@@ -198,6 +224,16 @@ impl Store for EtcdStore {
     }
 
     async fn health(&self) -> Result<Health> {
-        health::health(&self.members).await
+        let mut health = health::health(&self.members).await?;
+        health.warnings.extend(self.quota.warning());
+        Ok(health)
+    }
+
+    async fn status(&self) -> Result<StoreStatus> {
+        status::status(&self.members, &self.quota).await
+    }
+
+    async fn defragment(&self, on_step: OnDefragment<'_>) -> Result<()> {
+        status::defragment(&self.members, &self.quota, on_step).await
     }
 }

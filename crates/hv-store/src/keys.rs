@@ -31,6 +31,17 @@ pub enum Key<'a> {
     NodeLease(&'a str),
     /// `events/{id}`
     Event(&'a str),
+    /// `operations/{id}`
+    Operation(&'a str),
+    /// `names/{project}/instance-set/{name}`
+    InstanceSet {
+        /// Whose it is.
+        project: &'a str,
+        /// Its name.
+        name: &'a str,
+    },
+    /// `config/cluster`
+    Cluster,
     /// Any other.
     Other,
 }
@@ -94,6 +105,50 @@ impl Keys {
         self.key(&format!("names/{project}/instance/{name}"))
     }
 
+    /// The owner of the names `{name}-1`, `{name}-2`, …, which no other instance may have while the key is there.
+    #[must_use]
+    pub fn instance_set(&self, project: &str, name: &str) -> Bytes {
+        self.key(&format!("names/{project}/instance-set/{name}"))
+    }
+
+    /// All names `{name}-` with a digit behind it, of instances that were created one by one. (`:` follows `9`.)
+    #[must_use]
+    pub fn numbered_instance_names(&self, project: &str, name: &str) -> (Bytes, Bytes) {
+        let with = |end: char| self.key(&format!("names/{project}/instance/{name}-{end}"));
+        (with('0'), with(':'))
+    }
+
+    /// All names.
+    #[must_use]
+    pub fn names(&self) -> Bytes {
+        self.key("names/")
+    }
+
+    /// All names of a project.
+    #[must_use]
+    pub fn names_of(&self, project: &str) -> Bytes {
+        self.key(&format!("names/{project}/"))
+    }
+
+    /// The project of a name's key.
+    #[must_use]
+    pub fn project_of_name<'a>(&self, key: &'a [u8]) -> Option<&'a str> {
+        let path = key.strip_prefix(self.names().as_ref())?;
+        std::str::from_utf8(path).ok()?.split_once('/').map(|(project, _)| project)
+    }
+
+    /// One operation.
+    #[must_use]
+    pub fn operation(&self, id: &str) -> Bytes {
+        self.key(&format!("operations/{id}"))
+    }
+
+    /// All operations.
+    #[must_use]
+    pub fn operations(&self) -> Bytes {
+        self.key("operations/")
+    }
+
     /// What a request key led to; leased.
     #[must_use]
     pub fn request(&self, key: &RequestKey) -> Bytes {
@@ -104,6 +159,12 @@ impl Keys {
     #[must_use]
     pub fn cluster(&self) -> Bytes {
         self.key("config/cluster")
+    }
+
+    /// A backup that is being taken over.
+    #[must_use]
+    pub fn restore(&self) -> Bytes {
+        self.key("restore")
     }
 
     /// Who leads a part; leased.
@@ -140,7 +201,12 @@ impl Keys {
             "instances" => Key::Instance(id),
             "leases/nodes" => Key::NodeLease(id),
             "events" => Key::Event(id),
-            _ => Key::Other,
+            "operations" => Key::Operation(id),
+            "config" if id == "cluster" => Key::Cluster,
+            _ => match kind.strip_prefix("names/").and_then(|kind| kind.strip_suffix("/instance-set")) {
+                Some(project) => Key::InstanceSet { project, name: id },
+                None => Key::Other,
+            },
         }
     }
 }

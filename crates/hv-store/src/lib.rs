@@ -24,16 +24,21 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 pub use hv_types::Revision;
 
+pub mod backup;
 pub mod bounds;
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
+pub mod dump;
 pub mod embedded;
 pub mod error;
 pub mod etcd;
 pub mod keys;
 pub mod record;
+pub mod status;
+pub mod upkeep;
 
 pub use error::StoreError;
+pub use status::{DefragmentStep, MemberStatus, OnDefragment, StoreStatus};
 
 /// What a store operation returns.
 pub type Result<T> = std::result::Result<T, StoreError>;
@@ -119,6 +124,9 @@ pub enum Compare {
     Version(Bytes, u64),
     /// The key has exactly this value.
     Value(Bytes, Bytes),
+    /// No key exists in this range; holds of an empty range. Where keys exist etcd reads all of them to tell, so it is
+    /// meant for ranges that hold few.
+    NoneIn(KeyRange),
 }
 
 /// A change in a transaction.
@@ -257,6 +265,22 @@ pub trait Store: Send + Sync + 'static {
 
     /// How the store is doing; answers within a few seconds also when it is not well.
     async fn health(&self) -> Result<Health>;
+
+    /// How the store is, in detail; takes longer than [`Self::health`].
+    async fn status(&self) -> Result<StoreStatus> {
+        Ok(self.health().await?.into())
+    }
+
+    /// Gives room that nothing uses any more back to the file system: one member after the other, the leader last, each
+    /// once the one before it is well again. A member answers nobody meanwhile. Afterwards a store that had refused writes
+    /// for lack of room accepts them again if it is well below its limit.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`] if a member does not answer or does not come back; those before it are done.
+    async fn defragment(&self, on_step: OnDefragment<'_>) -> Result<()> {
+        on_step(DefragmentStep { message: "nothing to give back".to_owned(), done: 0, total: 0 });
+        Ok(())
+    }
 }
 
 /// What is often needed, on top of the contract.

@@ -113,6 +113,20 @@ impl fmt::Display for Plan {
     }
 }
 
+#[cfg(debug_assertions)]
+thread_local! {
+    static WATCHER: std::cell::Cell<Option<fn(Point)>> = const { std::cell::Cell::new(None) };
+}
+
+/// From now on every point that this thread reaches is told to `watcher`, for simulations, which have several processes
+/// in one; `None` ends it. Without debug assertions it is nothing.
+pub fn watch(watcher: Option<fn(Point)>) {
+    #[cfg(debug_assertions)]
+    WATCHER.set(watcher);
+    #[cfg(not(debug_assertions))]
+    let _ = watcher;
+}
+
 /// Marks a point. With debug assertions, and if [`VARIABLE`] names this point, the process dies here; a variable that
 /// names no point kills it at the first point of all, because a test that misspells one would otherwise pass unseen.
 #[cfg(debug_assertions)]
@@ -123,6 +137,9 @@ pub fn reach(point: Point) {
     static PLAN: OnceLock<Option<Result<Plan, InvalidPlan>>> = OnceLock::new();
     static REACHED: AtomicU32 = AtomicU32::new(0);
 
+    if let Some(watcher) = WATCHER.get() {
+        return watcher(point);
+    }
     let plan = PLAN.get_or_init(|| std::env::var_os(VARIABLE).map(|text| text.to_string_lossy().parse()));
     let last_words = match plan {
         None => return,

@@ -2,12 +2,14 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use hv_client::{ClientOptions, Clients};
 use tempfile::TempDir;
 
+use crate::netns::{Host, Network};
 use crate::probe::until;
 use crate::process::Process;
 use crate::programs::Program;
@@ -33,11 +35,29 @@ pub struct ClusterOptions {
     pub store: StoreKind,
     /// How long a node lives without a heartbeat.
     pub heartbeat_timeout: Duration,
+    /// How many servers; more than one need etcd.
+    pub servers: usize,
+    /// The network in which each server and each agent gets a host of its own; `None`: all on this machine's loopback.
+    pub network: Option<Arc<Network>>,
+    /// What servers log: `info`, `warn`.
+    pub log_level: &'static str,
+    /// More variables for every server.
+    pub server_env: Vec<(&'static str, String)>,
+    /// Where the directory of the cluster is made; `None`: with temporary files.
+    pub dir: Option<PathBuf>,
 }
 
 impl Default for ClusterOptions {
     fn default() -> Self {
-        Self { store: StoreKind::Embedded, heartbeat_timeout: Duration::from_secs(10) }
+        Self {
+            store: StoreKind::Embedded,
+            heartbeat_timeout: Duration::from_secs(10),
+            servers: 1,
+            network: None,
+            log_level: "info",
+            server_env: Vec::new(),
+            dir: None,
+        }
     }
 }
 
@@ -50,74 +70,125 @@ pub struct AgentOptions {
     pub image_dir: Option<PathBuf>,
     /// What it claims to have, instead of what the machine has: cores and bytes of memory.
     pub capacity: Option<(u32, u64)>,
+    /// Which servers it knows, by index; empty: all.
+    pub servers: Vec<usize>,
+    /// Where its state is; `None`: in the cluster's directory.
+    pub state_dir: Option<PathBuf>,
 }
 
 struct Agent {
     options: AgentOptions,
+    host: Option<Host>,
     process: Option<Process>,
+}
+
+struct Server {
+    host: Option<Host>,
+    process: Option<Process>,
+    addresses: Option<(String, String)>,
 }
 
 /// A cluster of real processes. Everything ends with it.
 pub struct Cluster {
-    dir: TempDir,
-    options: ClusterOptions,
-    server: Option<Process>,
-    addresses: Option<(String, String)>,
+    // First, so that the processes end before their hosts and directories go.
+    servers: Vec<Server>,
     agents: Vec<Agent>,
+    options: ClusterOptions,
+    dir: TempDir,
 }
 
 /// One heartbeat per this part of the node's lifetime.
 const HEARTBEATS_PER_TIMEOUT: u32 = 5;
 
 impl Cluster {
-    /// Starts a server.
+    /// Starts the servers.
     ///
     /// # Errors
-    /// It does not come up.
+    /// One does not come up.
     pub async fn start(options: ClusterOptions) -> Result<Self> {
         Self::start_with(options, &[]).await
     }
 
-    /// Starts a server with these variables in its environment.
+    /// Starts the servers with these variables in their environment.
     ///
     /// # Errors
-    /// It does not come up.
+    /// One does not come up.
     pub async fn start_with(options: ClusterOptions, env: &[(&str, String)]) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("hv").tempdir()?;
-        let mut cluster = Self { dir, options, server: None, addresses: None, agents: Vec::new() };
-        cluster.start_server(env).await?;
+        let mut cluster = Self::prepare(options)?;
+        for index in 0..cluster.servers.len() {
+            cluster.start_server_at(index, env).await?;
+        }
         Ok(cluster)
     }
 
-    /// The cluster's directory: `server`, and `agent-N` for each agent.
+    /// The cluster's directory and hosts, with nothing running yet.
+    ///
+    /// # Errors
+    /// They cannot be made.
+    pub fn prepare(options: ClusterOptions) -> Result<Self> {
+        let mut named = tempfile::Builder::new();
+        named.prefix("hv");
+        let dir = match &options.dir {
+            Some(parent) => named.tempdir_in(parent)?,
+            None => named.tempdir()?,
+        };
+        let mut servers = Vec::new();
+        for _ in 0..options.servers {
+            let host = options.network.as_ref().map(|network| network.add_host()).transpose()?;
+            servers.push(Server { host, process: None, addresses: None });
+        }
+        Ok(Self { servers, agents: Vec::new(), options, dir })
+    }
+
+    /// The cluster's directory: `server` (`server-N` for the others), and `agent-N` for each agent.
     #[must_use]
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// Starts the server, at the address it had before if it ran before.
+    /// Where a server keeps its state.
+    #[must_use]
+    pub fn server_dir(&self, index: usize) -> PathBuf {
+        self.dir().join(server_name(index))
+    }
+
+    /// Starts the first server, at the address it had before if it ran before.
     ///
     /// # Errors
     /// It does not come up.
     pub async fn start_server(&mut self, env: &[(&str, String)]) -> Result<()> {
-        let (grpc, http) =
-            self.addresses.clone().unwrap_or_else(|| ("127.0.0.1:0".into(), "127.0.0.1:0".into()));
+        self.start_server_at(0, env).await
+    }
+
+    /// Starts a server, at the address it had before if it ran before.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub async fn start_server_at(&mut self, index: usize, env: &[(&str, String)]) -> Result<()> {
+        let server = &self.servers[index];
+        let ip = server.host.as_ref().map_or("127.0.0.1", Host::ip);
+        let (grpc, http) = server.addresses.clone().unwrap_or_else(|| (format!("{ip}:0"), format!("{ip}:0")));
         let timeout = self.options.heartbeat_timeout;
         let mut args =
-            words(&["--dev", "--log-level", "info", "--grpc-address", &grpc, "--http-address", &http]);
+            words(&["--log-level", self.options.log_level, "--grpc-address", &grpc, "--http-address", &http]);
+        if server.host.is_none() {
+            args.push("--dev".into());
+        }
         args.extend(words(&["--heartbeat-timeout", &milliseconds(timeout)]));
         args.extend(words(&["--heartbeat-interval", &milliseconds(timeout / HEARTBEATS_PER_TIMEOUT)]));
-        args.extend(["--data-dir".into(), self.dir().join("server").into()]);
-        let mut env = env.to_vec();
+        args.extend(["--data-dir".into(), self.server_dir(index).into()]);
+        let mut env = [env, &self.options.server_env[..]].concat();
+        env.push(("HYPERVISOR_SERVER_ID", server_name(index)));
         if let StoreKind::Etcd { endpoints, prefix } = &self.options.store {
             args.extend(words(&["--etcd-endpoints", &endpoints.join(",")]));
             env.push(("HYPERVISOR_ETCD_PREFIX", prefix.clone()));
         }
-        let ready_file = self.dir().join("server/server.json");
-        let mut process = Process::start(Program::Server, &args, &env, &self.dir().join("server.log"))?;
+        let ready_file = self.server_dir(index).join("server.json");
+        let log = self.dir().join(format!("{}.log", server_name(index)));
+        let mut process = Process::start_on(server.host.as_ref(), Program::Server, &args, &env, &log)?;
         let ready = ready(&mut process, &ready_file).await?;
-        self.addresses = Some((field(&ready, "grpc")?, field(&ready, "http")?));
-        self.server = Some(process);
+        self.servers[index].addresses = Some((field(&ready, "grpc")?, field(&ready, "http")?));
+        self.servers[index].process = Some(process);
         Ok(())
     }
 
@@ -134,7 +205,8 @@ impl Cluster {
     /// # Errors
     /// It does not come up.
     pub async fn add_agent_with(&mut self, options: AgentOptions, env: &[(&str, String)]) -> Result<usize> {
-        self.agents.push(Agent { options, process: None });
+        let host = self.options.network.as_ref().map(|network| network.add_host()).transpose()?;
+        self.agents.push(Agent { options, host, process: None });
         let index = self.agents.len() - 1;
         self.start_agent(index, env).await?;
         Ok(index)
@@ -147,9 +219,17 @@ impl Cluster {
     pub async fn start_agent(&mut self, index: usize, env: &[(&str, String)]) -> Result<()> {
         let options = self.agents[index].options.clone();
         let state_dir = self.agent_dir(index);
-        let mut args =
-            words(&["--server-addr", &self.grpc_address()?, "--node-id", &format!("node-{index}")]);
-        args.extend(words(&["--grpc-address", "127.0.0.1:0", "--http-address", "127.0.0.1:0"]));
+        let host = self.agents[index].host.as_ref();
+        let ip = host.map_or("127.0.0.1", Host::ip).to_owned();
+        let known: Vec<usize> = match options.servers.as_slice() {
+            [] => (0..self.servers.len()).collect(),
+            some => some.to_vec(),
+        };
+        let addresses: Vec<String> =
+            known.into_iter().map(|server| self.grpc_address_of(server)).collect::<Result<_>>()?;
+        let mut args = words(&["--server-addr", &addresses.join(","), "--node-id", &format!("node-{index}")]);
+        let any_port = format!("{ip}:0");
+        args.extend(words(&["--grpc-address", &any_port, "--http-address", &any_port]));
         args.extend(words(&["--log-level", "info", "--drivers", &options.drivers.join(",")]));
         args.extend(["--state-dir".into(), state_dir.clone().into()]);
         if let Some(images) = &options.image_dir {
@@ -158,13 +238,13 @@ impl Cluster {
         let mut env: Vec<_> = env.to_vec();
         // Every agent of the test has the same host name otherwise.
         env.push(("HYPERVISOR_AGENT_HOSTNAME", format!("node-{index}")));
-        env.push(("HYPERVISOR_AGENT_IP", "127.0.0.1".into()));
+        env.push(("HYPERVISOR_AGENT_IP", ip));
         if let Some((cores, memory_bytes)) = options.capacity {
             env.push(("HYPERVISOR_AGENT_CAPACITY_CPU_CORES", cores.to_string()));
             env.push(("HYPERVISOR_AGENT_CAPACITY_MEMORY", memory_bytes.to_string()));
         }
         let log = self.dir().join(format!("agent-{index}.log"));
-        let mut process = Process::start(Program::Agent, &args, &env, &log)?;
+        let mut process = Process::start_on(host, Program::Agent, &args, &env, &log)?;
         ready(&mut process, &state_dir.join("agent.json")).await?;
         self.agents[index].process = Some(process);
         Ok(())
@@ -173,31 +253,72 @@ impl Cluster {
     /// Where an agent keeps its state.
     #[must_use]
     pub fn agent_dir(&self, index: usize) -> PathBuf {
-        self.dir().join(format!("agent-{index}"))
+        let own = self.agents.get(index).and_then(|agent| agent.options.state_dir.clone());
+        own.unwrap_or_else(|| self.dir().join(format!("agent-{index}")))
     }
 
-    /// Where the server serves gRPC.
+    /// How many agents there are.
+    #[must_use]
+    pub fn agents(&self) -> usize {
+        self.agents.len()
+    }
+
+    /// How many servers there are.
+    #[must_use]
+    pub fn servers(&self) -> usize {
+        self.servers.len()
+    }
+
+    /// The host of an agent, where there is a network.
+    #[must_use]
+    pub fn agent_host(&self, index: usize) -> Option<&Host> {
+        self.agents[index].host.as_ref()
+    }
+
+    /// The host of a server, where there is a network.
+    #[must_use]
+    pub fn server_host(&self, index: usize) -> Option<&Host> {
+        self.servers[index].host.as_ref()
+    }
+
+    /// Where the first server serves gRPC.
     ///
     /// # Errors
     /// It never ran.
     pub fn grpc_address(&self) -> Result<String> {
-        Ok(self.addresses.as_ref().context("the server never ran")?.0.clone())
+        self.grpc_address_of(0)
     }
 
-    /// Where the server serves health.
+    /// Where a server serves gRPC.
+    ///
+    /// # Errors
+    /// It never ran.
+    pub fn grpc_address_of(&self, index: usize) -> Result<String> {
+        Ok(self.servers[index].addresses.as_ref().context("the server never ran")?.0.clone())
+    }
+
+    /// Where the first server serves health.
     ///
     /// # Errors
     /// It never ran.
     pub fn http_address(&self) -> Result<String> {
-        Ok(self.addresses.as_ref().context("the server never ran")?.1.clone())
+        Ok(self.servers[0].addresses.as_ref().context("the server never ran")?.1.clone())
     }
 
-    /// Clients of the server.
+    /// Clients of the first server.
     ///
     /// # Errors
     /// It never ran.
     pub fn clients(&self) -> Result<Clients> {
-        Ok(Clients::new(hv_client::channel(&ClientOptions::new(self.grpc_address()?))?))
+        self.clients_of(0)
+    }
+
+    /// Clients of a server.
+    ///
+    /// # Errors
+    /// It never ran.
+    pub fn clients_of(&self, index: usize) -> Result<Clients> {
+        Ok(Clients::new(hv_client::channel(&ClientOptions::new(self.grpc_address_of(index)?))?))
     }
 
     /// Waits until so many nodes are ready.
@@ -214,9 +335,14 @@ impl Cluster {
         .map_err(|error| error.context(self.logs()))
     }
 
-    /// The server's process.
+    /// The first server's process.
     pub fn server(&mut self) -> Option<&mut Process> {
-        self.server.as_mut()
+        self.server_at(0)
+    }
+
+    /// A server's process.
+    pub fn server_at(&mut self, index: usize) -> Option<&mut Process> {
+        self.servers[index].process.as_mut()
     }
 
     /// An agent's process.
@@ -230,11 +356,15 @@ impl Cluster {
     /// It does not come up again.
     pub async fn revive(&mut self) -> Result<bool> {
         let mut revived = false;
-        if let Some(server) = &mut self.server
-            && server.ended()?.is_some()
-        {
-            self.start_server(&[]).await?;
-            revived = true;
+        for index in 0..self.servers.len() {
+            let ended = match &mut self.servers[index].process {
+                Some(process) => process.ended()?.is_some(),
+                None => false,
+            };
+            if ended {
+                self.start_server_at(index, &[]).await?;
+                revived = true;
+            }
         }
         for index in 0..self.agents.len() {
             let ended = match &mut self.agents[index].process {
@@ -274,9 +404,15 @@ impl Cluster {
     #[must_use]
     pub fn logs(&self) -> String {
         let agents = self.agents.iter().filter_map(|agent| agent.process.as_ref());
-        let tails = self.server.iter().chain(agents).map(Process::log_tail);
+        let servers = self.servers.iter().filter_map(|server| server.process.as_ref());
+        let tails = servers.chain(agents).map(Process::log_tail);
         tails.collect::<Vec<_>>().join("\n----\n")
     }
+}
+
+/// A server's name in elections, and that of its directory.
+fn server_name(index: usize) -> String {
+    if index == 0 { "server".into() } else { format!("server-{index}") }
 }
 
 fn words(words: &[&str]) -> Vec<OsString> {

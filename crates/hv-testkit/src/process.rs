@@ -8,6 +8,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::netns::Host;
 use crate::programs::Program;
 
 /// How much of a log a failure shows, in bytes.
@@ -27,9 +28,41 @@ impl Process {
     /// # Errors
     /// It was not built or cannot be started.
     pub fn start(program: Program, args: &[OsString], env: &[(&str, String)], log: &Path) -> Result<Self> {
+        Self::start_on(None, program, args, env, log)
+    }
+
+    /// As [`Self::start`], on a host of a network.
+    ///
+    /// # Errors
+    /// It was not built or cannot be started.
+    pub fn start_on(
+        host: Option<&Host>,
+        program: Program,
+        args: &[OsString],
+        env: &[(&str, String)],
+        log: &Path,
+    ) -> Result<Self> {
+        Self::spawn(host, &program.path()?, args, env, log)
+            .with_context(|| format!("{} cannot be started", program.name()))
+    }
+
+    /// Starts any program.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn spawn(
+        host: Option<&Host>,
+        program: &Path,
+        args: &[OsString],
+        env: &[(&str, String)],
+        log: &Path,
+    ) -> Result<Self> {
         let output: File = OpenOptions::new().create(true).append(true).open(log)?;
         let inherited = std::env::vars_os().map(|(name, _)| name);
-        let mut command = Command::new(program.path()?);
+        let mut command = match host {
+            Some(host) => host.command(program),
+            None => Command::new(program),
+        };
         command.args(args).stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         for name in inherited.filter(|name| name.to_string_lossy().starts_with("HYPERVISOR_")) {
             command.env_remove(name);
@@ -37,7 +70,7 @@ impl Process {
         let child = command
             .envs(env.iter().map(|(name, value)| (name, value)))
             .spawn()
-            .with_context(|| format!("{} cannot be started", program.name()))?;
+            .with_context(|| program.display().to_string())?;
         Ok(Self { child, log: log.to_path_buf() })
     }
 
@@ -65,6 +98,27 @@ impl Process {
         }
         self.child.wait()?;
         Ok(())
+    }
+
+    /// Stops it without ending it: it keeps its connections and answers nobody.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn freeze(&self) -> Result<()> {
+        self.signal(Signal::STOP)
+    }
+
+    /// Lets it go on after [`Self::freeze`].
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn thaw(&self) -> Result<()> {
+        self.signal(Signal::CONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = Pid::from_raw(i32::try_from(self.id())?).context("no process id")?;
+        Ok(kill_process(pid, signal)?)
     }
 
     /// Asks it to end, and waits until it has.

@@ -27,6 +27,8 @@ pub struct Event {
     pub source: String,
     /// The request that led to it; may be empty.
     pub request_id: String,
+    /// Who asked for it; may be empty.
+    pub actor: String,
     /// The revision this was read at; not part of the value.
     pub revision: Revision,
 }

@@ -7,12 +7,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
 use crate::id::{Epoch, InstanceId, NodeId, Revision};
-use crate::label::{Metadata, Selector};
+use crate::label::Metadata;
+use crate::placement::PlacementRules;
 use crate::resources::Resources;
 use crate::validate::{self, Invalid};
 
@@ -287,17 +289,79 @@ impl Default for StopOptions {
     }
 }
 
-/// Where an instance may be placed.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PlacementRules {
-    /// Only this node; none if empty.
-    pub preferred_node: Option<NodeId>,
-    /// Only this region; any if empty.
-    pub region: String,
-    /// Only this zone; any if empty.
-    pub zone: String,
-    /// Only nodes with these labels.
-    pub node_selector: Selector,
+/// What happens when an instance ends without being asked to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    /// It stays as it is.
+    #[default]
+    Never,
+    /// Its node starts it again if it failed.
+    OnFailure,
+    /// Its node starts it again however it ended.
+    Always,
+}
+
+impl RestartPolicy {
+    /// Every policy.
+    pub const ALL: [Self; 3] = [Self::Never, Self::OnFailure, Self::Always];
+
+    /// As configuration and the command line spell it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Never => "never",
+            Self::OnFailure => "on-failure",
+            Self::Always => "always",
+        }
+    }
+}
+
+impl std::str::FromStr for RestartPolicy {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        Self::ALL
+            .into_iter()
+            .find(|policy| policy.name() == text)
+            .ok_or_else(|| Invalid::new("restart_policy", text, "must be `never`, `on-failure` or `always`"))
+    }
+}
+
+/// What happens when the node of an instance is lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailoverPolicy {
+    /// It waits for its node.
+    #[default]
+    Never,
+    /// It is started afresh elsewhere, once it is certain that it does not run on the lost node.
+    Restart,
+}
+
+impl FailoverPolicy {
+    /// Every policy.
+    pub const ALL: [Self; 2] = [Self::Never, Self::Restart];
+
+    /// As configuration and the command line spell it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Never => "never",
+            Self::Restart => "restart",
+        }
+    }
+}
+
+impl std::str::FromStr for FailoverPolicy {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        Self::ALL
+            .into_iter()
+            .find(|policy| policy.name() == text)
+            .ok_or_else(|| Invalid::new("failover_policy", text, "must be `never` or `restart`"))
+    }
 }
 
 /// The node that an instance belongs to.
@@ -320,12 +384,18 @@ pub struct InstanceRecord {
     pub project: String,
     /// What kind.
     pub instance_type: InstanceType,
-    /// What it is made of.
-    pub spec: InstanceSpec,
+    /// What it is made of. Shared: a fleet has few shapes.
+    pub spec: Arc<InstanceSpec>,
     /// Labels and annotations.
-    pub metadata: Metadata,
+    pub metadata: Arc<Metadata>,
     /// Where it may go.
-    pub placement: PlacementRules,
+    pub placement: Arc<PlacementRules>,
+    /// What happens when it ends without being asked to.
+    pub restart_policy: RestartPolicy,
+    /// What happens when its node is lost.
+    pub failover_policy: FailoverPolicy,
+    /// The set it was created in; empty for none.
+    pub set: String,
 
     /// What it is to be.
     pub wanted: Wanted,
@@ -353,6 +423,10 @@ pub struct InstanceRecord {
     pub created_at: SystemTime,
     /// When it last began to run.
     pub started_at: Option<SystemTime>,
+    /// How often its node has started it again by itself since it was bound there.
+    pub restart_count: u32,
+    /// Where its node is lost: why it was not started elsewhere, or when it will be. Empty otherwise.
+    pub recovery_note: String,
     /// The revision this was read at; not part of the value.
     pub revision: Revision,
 }
@@ -383,11 +457,7 @@ impl InstanceRecord {
     pub fn validate(&self) -> Result<(), Invalid> {
         validate::name("name", &self.name)?;
         self.metadata.validate()?;
-        for (field, value) in [("region", &self.placement.region), ("zone", &self.placement.zone)] {
-            if !value.is_empty() {
-                validate::printable(field, value, crate::node::MAX_LOCATION_BYTES)?;
-            }
-        }
+        self.placement.validate()?;
         self.spec.validate(self.instance_type)
     }
 }

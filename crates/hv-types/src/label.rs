@@ -17,7 +17,7 @@ pub const MAX_LABEL_BYTES: usize = 128;
 pub const MAX_ANNOTATION_BYTES: usize = 16 << 10;
 
 /// What users attach to an object: labels to select by, annotations to read.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Metadata {
     /// For selecting.
     pub labels: Labels,
@@ -86,7 +86,7 @@ fn validate_key(field: &str, key: &str) -> Result<(), Invalid> {
 /// A conjunction of requirements on labels.
 ///
 /// The wire carries selectors as a map: `key: value` demands equality, and the value `*` only that the key is there.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Selector(Labels);
 
 impl Selector {

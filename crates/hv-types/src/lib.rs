@@ -10,6 +10,8 @@ pub mod image;
 pub mod instance;
 pub mod label;
 pub mod node;
+pub mod operation;
+pub mod placement;
 pub mod resources;
 pub mod validate;
 
@@ -23,5 +25,7 @@ pub use instance::{
 };
 pub use label::{Labels, Metadata, Selector};
 pub use node::{DriverInfo, NodeCondition, NodeRecord, NodeRole, NodeStatus};
+pub use operation::{OperationKind, OperationRecord, OperationState};
+pub use placement::PlacementRules;
 pub use resources::Resources;
 pub use validate::Invalid;

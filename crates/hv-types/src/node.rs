@@ -8,6 +8,7 @@ use crate::id::{NodeId, Revision};
 use crate::image::ImageInfo;
 use crate::instance::InstanceType;
 use crate::label::{Labels, Metadata};
+use crate::placement::{Overcommit, Taint};
 use crate::resources::Resources;
 use crate::validate::{self, Invalid};
 
@@ -96,6 +97,15 @@ pub struct DriverInfo {
     pub images_are_local: bool,
 }
 
+/// Whether a node would stop its instances by itself if it were cut off.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Fencing {
+    /// Whether it would.
+    pub armed: bool,
+    /// Why not, with the remedy; or what fences.
+    pub message: String,
+}
+
 /// A node as stored.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NodeRecord {
@@ -121,6 +131,22 @@ pub struct NodeRecord {
     pub schedulability: Schedulability,
     /// Whether a drain also moves instances whose disks lie here; they start afresh elsewhere.
     pub drain_discards_disks: bool,
+    /// How many instances a drain moves at once.
+    pub drain_max_parallel: u32,
+    /// The operation that tells of the drain, now or last.
+    pub drain_operation_id: String,
+    /// What keeps instances off it.
+    pub taints: Vec<Taint>,
+    /// How much more may be promised than there is.
+    pub overcommit: Overcommit,
+    /// What of `allocatable` is kept back.
+    pub reserved: Resources,
+    /// Whether the operator holds failover of its instances.
+    pub failover_held: bool,
+    /// Whether it would stop its instances by itself if it were cut off, as it said last.
+    pub fencing: Fencing,
+    /// Whether an operator confirmed that it is switched off. Ends with its next registration.
+    pub confirmed_down: bool,
     /// How it is doing.
     pub conditions: Vec<NodeCondition>,
     /// Labels and annotations.
@@ -144,7 +170,18 @@ pub const MAX_LOCATION_BYTES: usize = 63;
 /// Most images that a node may report.
 pub const MAX_IMAGES: usize = 4096;
 
+/// How many instances a drain moves at once where nobody says.
+pub const DEFAULT_DRAIN_PARALLEL: u32 = 4;
+/// The most that a drain moves at once.
+pub const MAX_DRAIN_PARALLEL: u32 = 100;
+
 impl NodeRecord {
+    /// What may be promised of it in all: allocatable less the reserve, with overcommit.
+    #[must_use]
+    pub fn schedulable(&self) -> Resources {
+        self.overcommit.of(self.allocatable.minus(self.reserved))
+    }
+
     /// Whether it runs this type, with a driver that is healthy.
     #[must_use]
     pub fn runs(&self, instance_type: InstanceType) -> bool {

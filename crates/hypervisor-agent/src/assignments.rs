@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use hv_client::AssignmentClient;
+use hv_client::Clients;
 use hv_driver::InstanceConfig;
 use hv_proto::convert;
 use hv_proto::v1::{Assignment, AssignmentsUpdate, WatchAssignmentsRequest};
@@ -16,13 +16,16 @@ use tonic::Status;
 use crate::backoff::Backoff;
 use crate::entry::Order;
 use crate::instances::Instances;
+use crate::registration::Registered;
+use crate::servers::Servers;
 
 /// Follows the stream of assignments, for ever.
 pub(crate) struct Assignments {
     pub(crate) instances: Arc<Instances>,
-    pub(crate) client: AssignmentClient,
-    /// The cluster that this node is registered with.
-    pub(crate) registered: watch::Receiver<Option<String>>,
+    pub(crate) servers: Arc<Servers>,
+    /// Whether this node is registered. A new registration begins a new stream: what an older one said is no proof that
+    /// it is so still.
+    pub(crate) registered: watch::Receiver<Option<Registered>>,
     /// Set to the cluster while the whole set is known.
     pub(crate) synced: watch::Sender<Option<String>>,
     /// How long the server may take to open the stream.
@@ -40,14 +43,20 @@ impl Assignments {
     }
 
     async fn follow(&mut self) {
+        let mut registered = self.registered.clone();
         loop {
-            let Ok(cluster) = self.registered.wait_for(Option::is_some).await.map(|cluster| cluster.clone())
-            else {
-                return;
+            let Ok(now) = registered.wait_for(Option::is_some).await.map(|now| now.clone()) else { return };
+            let Some(now) = now else { continue };
+            registered.mark_unchanged();
+            let ended = tokio::select! {
+                ended = self.stream(&now) => Some(ended),
+                Ok(()) = registered.changed() => None,
             };
-            let cluster = cluster.unwrap_or_default();
-            let ended = self.stream(&cluster).await;
             self.synced.send_replace(None);
+            let Some(ended) = ended else {
+                tracing::info!("the node was registered anew, opening the assignment stream again");
+                continue;
+            };
             let pause = self.backoff.pause();
             match ended {
                 Ok(()) => tracing::info!(?pause, "the assignment stream ended, opening it again"),
@@ -60,10 +69,22 @@ impl Assignments {
         }
     }
 
-    async fn stream(&mut self, cluster: &str) -> Result<(), Status> {
+    async fn stream(&mut self, registered: &Registered) -> Result<(), Status> {
+        let servers = Arc::clone(&self.servers);
+        let server = servers.current();
+        let ended = self.read(&server.clients, registered).await;
+        if let Err(status) = &ended {
+            servers.failed(server, hv_client::explain(&server.options, status).code());
+        }
+        ended
+    }
+
+    async fn read(&mut self, clients: &Clients, registered: &Registered) -> Result<(), Status> {
         let node_id = self.instances.context().node_id.to_string();
-        let request = WatchAssignmentsRequest { node_id, cluster_id: cluster.to_owned() };
-        let opening = tokio::time::timeout(self.timeout, self.client.watch_assignments(request));
+        let cluster = &registered.cluster;
+        let request = WatchAssignmentsRequest { node_id, cluster_id: cluster.clone() };
+        let mut client = clients.assignment();
+        let opening = tokio::time::timeout(self.timeout, client.watch_assignments(request));
         let mut stream = match opening.await {
             Ok(stream) => stream?.into_inner(),
             Err(_) => return Err(Status::deadline_exceeded("the server does not answer")),
@@ -71,13 +92,13 @@ impl Assignments {
         let mut is_complete = false;
         while let Some(update) = stream.message().await? {
             let completes = update.complete && !is_complete;
-            self.take(update).await;
+            self.take(update, registered.session).await;
             if completes {
                 is_complete = true;
                 self.backoff.reset();
                 tracing::info!("the whole set of assignments is known");
                 self.instances.report_all().await;
-                self.synced.send_replace(Some(cluster.to_owned()));
+                self.synced.send_replace(Some(cluster.clone()));
                 // What the control plane did not name is shown to it; it decides. Apart, because a driver may hang.
                 let instances = Arc::clone(&self.instances);
                 let stopping = instances.shutdown().token();
@@ -93,14 +114,14 @@ impl Assignments {
         Ok(())
     }
 
-    async fn take(&self, update: AssignmentsUpdate) {
+    async fn take(&self, update: AssignmentsUpdate, session: u64) {
         for assignment in update.assignments {
             let id = assignment.instance_id.clone();
             match order_of(assignment) {
                 Ok(order) => {
                     tracing::debug!(instance = id, epoch = %order.epoch, generation = order.generation,
                         wanted = ?order.wanted, "assigned");
-                    self.instances.order(order).await;
+                    self.instances.order(order, session).await;
                 }
                 Err(invalid) => {
                     tracing::error!(instance = id, %invalid, "an assignment that is none; is the server newer than this agent?");
@@ -136,5 +157,7 @@ fn order_of(assignment: Assignment) -> Result<Order, Invalid> {
             force: assignment.stop_force,
             timeout_seconds: assignment.stop_timeout_seconds.min(StopOptions::MAX_TIMEOUT_SECONDS),
         },
+        fence: assignment.fence,
+        restart_policy: convert::restart_policy_from(assignment.restart_policy)?,
     })
 }

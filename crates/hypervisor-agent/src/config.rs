@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use hv_client::{ClientOptions, ClientTls, Peer};
 use hv_config::{ByteSize, HumanDuration, ListenAddress};
@@ -12,6 +13,8 @@ use serde::{Deserialize, Serialize};
 
 /// Where the agent keeps its journal and its instances, unless told otherwise.
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/hypervisor/agent";
+/// The least `agent.fencing.margin`.
+const LEAST_MARGIN: Duration = Duration::from_millis(500);
 
 /// Everything that can be set.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -59,7 +62,7 @@ pub struct Agent {
     pub region: String,
     /// Zone.
     pub zone: String,
-    /// The server.
+    /// The server; several of one cluster, separated by commas, are tried in turn.
     pub server_addr: String,
     /// Labels of the node.
     pub labels: BTreeMap<String, String>,
@@ -71,6 +74,24 @@ pub struct Agent {
     pub capacity: Capacity,
     /// What instances may not use.
     pub reserved: Reserved,
+    /// Stopping what may be started elsewhere when the control plane is out of reach.
+    pub fencing: Fencing,
+}
+
+/// Stopping what may be started elsewhere when the control plane is out of reach.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Fencing {
+    /// Whether it is done. Off: nothing of this node is started elsewhere when it is lost.
+    pub enabled: bool,
+    /// How long before the node's lease can end; unset: a tenth of the lease's time, at least a second.
+    pub margin: Option<HumanDuration>,
+}
+
+impl Default for Fencing {
+    fn default() -> Self {
+        Self { enabled: true, margin: None }
+    }
 }
 
 /// What a node claims to have.
@@ -244,6 +265,7 @@ impl Default for Agent {
             state_dir: DEFAULT_STATE_DIR.into(),
             capacity: Capacity::default(),
             reserved: Reserved::default(),
+            fencing: Fencing::default(),
         }
     }
 }
@@ -348,8 +370,15 @@ impl Config {
                 format!("found {port}, but agent.grpc_address says {}; set one of them", agent.grpc_address);
             return refuse("agent.port", problem);
         }
-        if let Err(error) = self.client_options().url() {
-            return refuse("agent.server_addr", error.to_string());
+        for options in self.client_options() {
+            if let Err(error) = options.url() {
+                return refuse("agent.server_addr", error.to_string());
+            }
+        }
+        if agent.fencing.margin.is_some_and(|margin| margin.get() < LEAST_MARGIN) {
+            let problem =
+                format!("found less than {LEAST_MARGIN:?}, in which nothing can be stopped for certain");
+            return refuse("agent.fencing.margin", problem);
         }
         if let Err(invalid) = hv_types::label::validate_labels("agent.labels", &agent.labels) {
             return refuse("agent.labels", invalid.to_string());
@@ -386,16 +415,21 @@ impl Config {
         Ok(())
     }
 
-    /// How the server is reached.
+    /// How each server is reached; at least one.
     #[must_use]
-    pub fn client_options(&self) -> ClientOptions {
+    pub fn client_options(&self) -> Vec<ClientOptions> {
         let tls = self.tls.enabled.then(|| ClientTls {
             ca: self.tls.ca_file.clone().unwrap_or_default(),
             cert: self.tls.cert_file.clone(),
             key: self.tls.key_file.clone(),
             domain: None,
         });
-        ClientOptions { tls, peer: Peer::ServerOfNode, ..ClientOptions::new(self.agent.server_addr.clone()) }
+        let options = |address: &str| ClientOptions {
+            tls: tls.clone(),
+            peer: Peer::ServerOfNode,
+            ..ClientOptions::new(address.trim())
+        };
+        self.agent.server_addr.split(',').map(options).collect()
     }
 
     /// Where gRPC listens.

@@ -8,6 +8,7 @@ use hv_driver::Driver;
 use hv_types::{InstanceId, InstanceType, NodeId};
 
 use crate::entry::Entry;
+use crate::fencing::{Guard, Seam};
 use crate::journal::{Journal, JournalError};
 use crate::plan::Step;
 use crate::reporter::Reports;
@@ -31,6 +32,44 @@ pub struct Tuning {
     pub create_deadline: Duration,
     /// How long a driver may take for any other step; for a stop, on top of the guest's own time.
     pub step_deadline: Duration,
+    /// The machine; tests put a made-up one in its place.
+    pub machine: Machine,
+    /// The clock and the fencer; tests put their own in their place.
+    pub fencing: Seam,
+}
+
+/// What the agent takes from the machine that it runs on.
+#[derive(Clone, Debug, Default)]
+pub enum Machine {
+    /// All of it: its boot, what is in use of it, and threads that may block.
+    #[default]
+    Real,
+    /// Made up: nothing is measured, and what may block is done in place, so that a run depends on no thread.
+    Simulated {
+        /// Which boot of it this is.
+        boot_id: String,
+    },
+}
+
+impl Machine {
+    /// Which boot of the machine this is.
+    pub(crate) fn boot_id(&self) -> String {
+        match self {
+            Self::Real => crate::inventory::boot_id(),
+            Self::Simulated { boot_id } => boot_id.clone(),
+        }
+    }
+
+    /// Does what may block without holding up the runtime.
+    pub(crate) async fn block_on<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        match self {
+            Self::Real => match tokio::task::spawn_blocking(work).await {
+                Ok(result) => result,
+                Err(error) => std::panic::resume_unwind(error.into_panic()),
+            },
+            Self::Simulated { .. } => work(),
+        }
+    }
 }
 
 impl Default for Tuning {
@@ -44,6 +83,8 @@ impl Default for Tuning {
             look_deadline: Duration::from_secs(15),
             create_deadline: Duration::from_mins(10),
             step_deadline: Duration::from_mins(2),
+            machine: Machine::Real,
+            fencing: Seam::default(),
         }
     }
 }
@@ -120,6 +161,7 @@ pub(crate) struct Context {
     pub(crate) tuning: Tuning,
     pub(crate) journal: Arc<Journal>,
     pub(crate) reports: Reports,
+    pub(crate) guard: Arc<Guard>,
     /// Instances whose journal cannot be read, and why.
     pub(crate) damaged: BTreeMap<InstanceId, String>,
 }
@@ -141,10 +183,7 @@ impl Context {
         work: impl FnOnce(&Journal) -> Result<T, JournalError> + Send + 'static,
     ) -> Result<T, JournalError> {
         let journal = Arc::clone(&self.journal);
-        match tokio::task::spawn_blocking(move || work(&journal)).await {
-            Ok(result) => result,
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
-        }
+        self.tuning.machine.block_on(move || work(&journal)).await
     }
 }
 

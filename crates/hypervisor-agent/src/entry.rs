@@ -8,12 +8,14 @@
 use std::time::SystemTime;
 
 use hv_driver::{Exit, Handle, InstanceConfig};
-use hv_types::instance::StopOptions;
+use hv_types::instance::{RestartPolicy, StopOptions};
 use hv_types::{Epoch, InstanceId, InstanceType, Wanted};
 use serde::{Deserialize, Serialize};
 
+use crate::fencing::clock::Moment;
+
 /// Version of the entries that this code writes, and the highest that it reads.
-pub(crate) const ENTRY_SCHEMA: u32 = 1;
+pub(crate) const ENTRY_SCHEMA: u32 = 2;
 
 /// How an instance came to this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +39,29 @@ pub(crate) struct Order {
     pub(crate) wanted: Wanted,
     pub(crate) restart_generation: u64,
     pub(crate) stop: StopOptions,
+    /// It may be started elsewhere when this node is lost.
+    pub(crate) fence: bool,
+    pub(crate) restart_policy: RestartPolicy,
+}
+
+/// A moment of a boot of this node, as the journal keeps it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BootMoment {
+    pub(crate) boot_id: String,
+    pub(crate) at: Moment,
+}
+
+/// Starts without having been asked for, after the instance ended by itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Restarts {
+    /// How many there were since it was bound here.
+    pub(crate) count: u32,
+    /// How many in a row, without a good while of running in between.
+    pub(crate) streak: u32,
+    /// When the next one is due, once it is decided that there is one.
+    pub(crate) due: Option<BootMoment>,
+    /// When it was last started.
+    pub(crate) started: Option<BootMoment>,
 }
 
 /// One instance, as the journal keeps it.
@@ -81,6 +106,15 @@ pub(crate) struct Entry {
     /// The boot of this node during which it was last started.
     pub(crate) boot_id: String,
     pub(crate) started_at: Option<SystemTime>,
+
+    // Since schema 2.
+    /// It may be started elsewhere when this node is lost: it runs only while the node's lease lives.
+    #[serde(default)]
+    pub(crate) fence: bool,
+    #[serde(default)]
+    pub(crate) restart_policy: RestartPolicy,
+    #[serde(default)]
+    pub(crate) restarts: Restarts,
 }
 
 /// Whether an order changed something.
@@ -90,6 +124,8 @@ pub(crate) enum Taken {
     Newer,
     /// It is known already, or older.
     Known,
+    /// It is known already, except for its policies.
+    Policies,
 }
 
 impl Entry {
@@ -119,6 +155,9 @@ impl Entry {
             last_exit: None,
             boot_id: String::new(),
             started_at: None,
+            fence: false,
+            restart_policy: RestartPolicy::Never,
+            restarts: Restarts::default(),
         }
     }
 
@@ -158,11 +197,16 @@ impl Entry {
         self.serial += 1;
         self.pending = true;
         self.failure = None;
+        self.restarts.streak = 0;
+        self.restarts.due = None;
     }
 
     fn take(&mut self, order: Order) {
         let is_new_life = order.epoch > self.epoch && self.serial > 0;
         let is_going = self.wanted == Wanted::Deleted || self.released;
+        if order.epoch > self.epoch {
+            self.restarts = Restarts::default();
+        }
         self.discard |= is_new_life && is_going && !self.gone;
         if self.gone {
             self.created = false;
@@ -178,6 +222,8 @@ impl Entry {
         self.wanted = order.wanted;
         self.restart_generation = order.restart_generation;
         self.stop = order.stop;
+        self.fence = order.fence;
+        self.restart_policy = order.restart_policy;
         self.released = false;
         self.gone = false;
         self.restart_pending &= self.wanted == Wanted::Running;
@@ -189,6 +235,13 @@ impl Entry {
         let known = self.origin == Origin::Assigned
             && (order.epoch, order.generation) <= (self.epoch, self.generation);
         if known || self.origin == Origin::Local {
+            let is_same = known && (order.epoch, order.generation) == (self.epoch, self.generation);
+            let policies = (order.fence, order.restart_policy);
+            if is_same && policies != (self.fence, self.restart_policy) {
+                // An older release of this agent took the order, and knew nothing of them.
+                (self.fence, self.restart_policy) = policies;
+                return Taken::Policies;
+            }
             return Taken::Known;
         }
         self.take(order);
@@ -259,7 +312,19 @@ mod tests {
             wanted,
             restart_generation: 0,
             stop: StopOptions::default(),
+            fence: false,
+            restart_policy: RestartPolicy::Never,
         }
+    }
+
+    #[test]
+    fn policies_that_an_older_release_did_not_know_are_taken_over() {
+        let mut entry = Entry::assigned(order(1, 1, Wanted::Running));
+        let serial = entry.serial;
+        let again = Order { fence: true, ..order(1, 1, Wanted::Running) };
+        assert_eq!(entry.order(again.clone()), Taken::Policies);
+        assert_eq!(entry.order(again), Taken::Known);
+        assert!(entry.fence && entry.serial == serial);
     }
 
     #[test]

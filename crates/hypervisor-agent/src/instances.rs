@@ -55,17 +55,18 @@ impl Instances {
 
     /// Starts the worker of an entry that is in the journal or need not be, unless there is one.
     pub(crate) fn adopt(self: &Arc<Self>, entry: Entry) {
-        self.known.lock().entry(entry.id().clone()).or_insert_with(|| self.spawn(entry, false));
+        self.known.lock().entry(entry.id().clone()).or_insert_with(|| self.spawn(entry, false, 0));
     }
 
-    fn spawn(self: &Arc<Self>, entry: Entry, unsaved: bool) -> Known {
+    fn spawn(self: &Arc<Self>, entry: Entry, unsaved: bool, named: u64) -> Known {
         let (commands, queue) = mpsc::channel(COMMAND_QUEUE);
         let state = if entry.created { InstanceState::Unknown } else { InstanceState::Creating };
         let shown = Shown { state, reason: "", seen: None, is_over: false };
         let view = View::of(&entry, &shown, &self.context.node_id);
         let (sender, receiver) = watch::channel(Arc::new(View { is_settled: false, ..view }));
         let name = format!("instance {}", entry.id());
-        let worker = Worker::new(Arc::clone(self), entry, queue, sender, self.shutdown.token(), unsaved);
+        let worker =
+            Worker::new(Arc::clone(self), entry, queue, sender, self.shutdown.token(), unsaved, named);
         self.shutdown.spawn(name, Box::pin(worker.run()));
         Known { commands, view: receiver }
     }
@@ -86,14 +87,14 @@ impl Instances {
         self: &Arc<Self>,
         id: &InstanceId,
         mut command: Command,
-        missing: impl Fn(&Command) -> Option<Entry>,
+        missing: impl Fn(&Command) -> Option<(Entry, u64)>,
     ) -> bool {
         loop {
             {
                 let mut known = self.known.lock();
                 let Some(worker) = known.get(id) else {
-                    let Some(entry) = missing(&command) else { return false };
-                    let worker = self.spawn(entry, true);
+                    let Some((entry, named)) = missing(&command) else { return false };
+                    let worker = self.spawn(entry, true, named);
                     known.insert(id.clone(), worker);
                     return true;
                 };
@@ -115,11 +116,12 @@ impl Instances {
         }
     }
 
-    /// The control plane wants something of an instance. A new one's worker saves it before it acts.
-    pub(crate) async fn order(self: &Arc<Self>, order: Order) {
+    /// The control plane wants something of an instance, and said so in this session. A new one's worker saves it
+    /// before it acts.
+    pub(crate) async fn order(self: &Arc<Self>, order: Order, session: u64) {
         let id = order.config.id.clone();
-        self.deliver(&id, Command::Order(Box::new(order)), |command| match command {
-            Command::Order(order) => Some(Entry::assigned((**order).clone())),
+        self.deliver(&id, Command::Order(Box::new(order), session), |command| match command {
+            Command::Order(order, session) => Some((Entry::assigned((**order).clone()), *session)),
             _ => None,
         })
         .await;
@@ -239,7 +241,7 @@ impl Instances {
             return Err(ServiceError::new(ErrorCode::ResourceExhausted, text));
         }
         let id = config.id.clone();
-        let worker = self.spawn(Entry::local(config, instance_type), true);
+        let worker = self.spawn(Entry::local(config, instance_type), true, 0);
         let view = worker.view.clone();
         known.insert(id, worker);
         Ok(view)

@@ -1,9 +1,9 @@
 //! What this node has and how its drivers are doing.
 
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use futures::future::join_all;
 use hv_driver::{Driver, Fingerprint};
@@ -13,7 +13,7 @@ use hv_types::{DriverInfo, ImageInfo, InstanceType, NodeCondition, Resources};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::context::Context;
+use crate::context::{Context, Machine};
 
 /// What the control plane is told of this node, beside its name and place.
 #[derive(Clone, Debug, PartialEq)]
@@ -93,15 +93,20 @@ pub(crate) struct Usage {
 }
 
 impl Usage {
-    pub(crate) fn new() -> Self {
-        Self { system: sysinfo::System::new().ok() }
+    /// Of a made-up machine nothing is read.
+    pub(crate) fn of(machine: &Machine) -> Self {
+        let system = match machine {
+            Machine::Real => sysinfo::System::new().ok(),
+            Machine::Simulated { .. } => None,
+        };
+        Self { system }
     }
 
     /// What is in use; the processor's since the reading before.
     pub(crate) fn read(&mut self, state_dir: &Path) -> NodeUsage {
-        let (_, used) = disk_space(state_dir);
-        let (mut cpu_usage_percent, mut memory_used_bytes) = (0.0, 0);
+        let (mut cpu_usage_percent, mut memory_used_bytes, mut used) = (0.0, 0, 0);
         if let Some(system) = &mut self.system {
+            used = disk_space(state_dir).1;
             system.refresh_cpu_usage();
             system.refresh_memory();
             cpu_usage_percent = system.cpus().iter().map(|cpu| f64::from(cpu.usage())).sum();
@@ -113,6 +118,34 @@ impl Usage {
             disk_used_bytes: i64::try_from(used).unwrap_or(i64::MAX),
         }
     }
+}
+
+/// Reads what is in use every so often, until the agent stops; on a thread that may block, because a file system may
+/// hang.
+pub(crate) async fn follow_usage(
+    context: Arc<Context>,
+    state_dir: PathBuf,
+    every: Duration,
+    usage: watch::Sender<NodeUsage>,
+    stopping: CancellationToken,
+) {
+    let machine = context.tuning.machine.clone();
+    let mut reader = Usage::of(&machine);
+    let read = async {
+        loop {
+            let dir = state_dir.clone();
+            let (same, read) = machine
+                .block_on(move || {
+                    let read = reader.read(&dir);
+                    (reader, read)
+                })
+                .await;
+            reader = same;
+            usage.send_replace(read);
+            tokio::time::sleep(every).await;
+        }
+    };
+    stopping.run_until_cancelled(read).await;
 }
 
 /// Keeps the inventory up to date.

@@ -166,7 +166,10 @@ impl Journal {
             };
             let bytes = read(&path).map_err(io_error("read", &path))?;
             match parse(&path, &bytes)? {
-                Ok(entry) if *entry.id() == id => contents.entries.push(entry),
+                // An older schema lacks only what has a default.
+                Ok(entry) if *entry.id() == id => {
+                    contents.entries.push(Entry { schema: ENTRY_SCHEMA, ..entry });
+                }
                 Ok(entry) => {
                     contents.damaged.insert(id, format!("{} is about {}", path.display(), entry.id()));
                 }
@@ -326,6 +329,23 @@ mod tests {
             assert!(contents.damaged["b"].contains("b.json"), "{:?}", contents.damaged);
             assert_eq!(fs::read(&path).unwrap(), text);
         }
+    }
+
+    #[test]
+    fn a_journal_of_the_release_before_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path()).unwrap();
+        let mut old = serde_json::to_value(entry("a")).unwrap();
+        for key in ["fence", "restart_policy", "restarts"] {
+            old.as_object_mut().unwrap().remove(key).unwrap();
+        }
+        old["schema"] = 1.into();
+        fs::write(dir.path().join("journal/instances/a.json"), serde_json::to_vec(&old).unwrap()).unwrap();
+        let read = journal.read_all().unwrap();
+        assert_eq!(
+            (read.entries.len(), read.entries[0].schema, read.entries[0].fence),
+            (1, ENTRY_SCHEMA, false)
+        );
     }
 
     #[test]

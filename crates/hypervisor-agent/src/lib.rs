@@ -18,6 +18,7 @@ pub mod config;
 mod context;
 mod drivers;
 mod entry;
+pub mod fencing;
 mod instances;
 mod inventory;
 mod journal;
@@ -25,6 +26,7 @@ mod plan;
 mod registration;
 mod reporter;
 mod serve;
+mod servers;
 mod service;
 mod view;
 mod worker;
@@ -34,7 +36,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hv_client::{ClientError, Clients, channel};
+use hv_client::{ClientError, Clients};
 use hv_telemetry::Shutdown;
 use hv_telemetry::health::Health;
 use hv_telemetry::metrics::Metrics;
@@ -46,13 +48,15 @@ use crate::backoff::Backoff;
 use crate::config::{Config, Refused};
 use crate::context::Context;
 use crate::drivers::{Chosen, choose};
+use crate::fencing::{Fencers, Guard, Keeper};
 use crate::instances::Instances;
 use crate::inventory::Inventor;
 use crate::journal::{Journal, NodeFile};
 use crate::registration::{Identity, Registration};
 use crate::reporter::{Reporter, Reports};
+use crate::servers::Servers;
 
-pub use context::{DriverSet, Tuning};
+pub use context::{DriverSet, Machine, Tuning};
 pub use journal::JournalError;
 pub use serve::{READY_FILE, ReadyFile};
 
@@ -144,7 +148,10 @@ pub async fn run(config: Config, shutdown: Shutdown) -> Result<(), AgentError> {
 /// It cannot start.
 pub async fn start(config: Config, shutdown: Shutdown) -> Result<Agent, AgentError> {
     let chosen = choose(&config)?;
-    launch(config, chosen, Tuning::default(), shutdown).await
+    let mut tuning = Tuning::default();
+    // By this name because the file may have been replaced by a newer release's since this process began.
+    tuning.fencing.fencers = Fencers::Process { program: "/proc/self/exe".into() };
+    launch(config, chosen, tuning, shutdown).await
 }
 
 /// Starts the agent with drivers and bounds of the caller's choice, for tests.
@@ -167,7 +174,8 @@ async fn launch(
     shutdown: Shutdown,
 ) -> Result<Agent, AgentError> {
     config.check()?;
-    let (context, entries, cluster_id) = open(&config, chosen.drivers, tuning).await?;
+    let Opened { context, keeper, entries, cluster_id } = open(&config, chosen.drivers, tuning).await?;
+    shutdown.spawn("fencing", Box::pin(keeper.run(shutdown.token())));
     let grpc = serve::listen("agent.grpc_address", &config.grpc_address()).await?;
     let http = serve::listen("agent.http_address", &config.agent.http_address).await?;
     let addresses = (serve::reachable(&grpc), serve::reachable(&http));
@@ -189,7 +197,9 @@ async fn launch(
     }
     spawn_driver_tasks(&instances, &shutdown);
     let inventory = spawn_inventory(&config, &context, chosen.missing, &shutdown);
-    spawn_control(&config, &instances, inventory, &health, grpc_at.port(), cluster_id, &shutdown).await?;
+    let servers = Servers::new(config.client_options())?;
+    spawn_control(&config, &instances, servers, inventory, &health, grpc_at.port(), cluster_id, &shutdown)
+        .await?;
 
     let node_id = context.node_id.clone();
     let ready = serve::ReadyFile {
@@ -199,20 +209,65 @@ async fn launch(
         http: http_at.to_string(),
     };
     serve::announce(&config.agent.state_dir, &ready)?;
-    tracing::info!(node = %node_id, grpc = %grpc_at, http = %http_at, server = config.agent.server_addr,
+    tracing::info!(node = %node_id, grpc = %grpc_at, http = %http_at, server = ?config.agent.server_addr,
         state_dir = %config.agent.state_dir.display(), "the agent runs");
     Ok(Agent { node_id, grpc: grpc_at, http: http_at, health })
 }
 
-/// Opens the journal; settles who this node is before anybody is told.
-async fn open(
-    config: &Config,
+/// Starts the agent without ports, for simulations: it talks to the server through `clients`, and nothing is served.
+///
+/// # Errors
+/// It cannot start.
+pub async fn start_portless(
+    config: Config,
     drivers: DriverSet,
     tuning: Tuning,
-) -> Result<(Arc<Context>, Vec<entry::Entry>, Option<String>), AgentError> {
+    clients: Clients,
+    shutdown: Shutdown,
+) -> Result<NodeId, AgentError> {
+    config.check()?;
+    let Opened { context, keeper, entries, cluster_id } = open(&config, drivers, tuning).await?;
+    shutdown.spawn("fencing", Box::pin(keeper.run(shutdown.token())));
+    let node_id = context.node_id.clone();
+    let instances = Instances::new(Arc::clone(&context), shutdown.clone());
+    for entry in entries {
+        instances.adopt(entry);
+    }
+    spawn_driver_tasks(&instances, &shutdown);
+    let inventory = spawn_inventory(&config, &context, Vec::new(), &shutdown);
+    let health = Health::new();
+    let options = config.client_options().swap_remove(0);
+    spawn_control(
+        &config,
+        &instances,
+        Servers::only(options, clients),
+        inventory,
+        &health,
+        1,
+        cluster_id,
+        &shutdown,
+    )
+    .await?;
+    Ok(node_id)
+}
+
+/// What an agent begins with.
+struct Opened {
+    context: Arc<Context>,
+    keeper: Keeper,
+    entries: Vec<entry::Entry>,
+    cluster_id: Option<String>,
+}
+
+/// Opens the journal; settles who this node is before anybody is told, and what may not run any more before anything
+/// is started.
+async fn open(config: &Config, drivers: DriverSet, mut tuning: Tuning) -> Result<Opened, AgentError> {
+    if !config.agent.fencing.enabled {
+        tuning.fencing.fencers = Fencers::None;
+    }
     let dir = config.agent.state_dir.clone();
     let asked = config.agent.node_id.clone();
-    let opened = tokio::task::spawn_blocking(move || {
+    let opened = tuning.machine.block_on(move || {
         let journal = Journal::open(&dir)?;
         serve::withdraw(&dir)?;
         let node = journal.node()?;
@@ -230,24 +285,29 @@ async fn open(
         let contents = journal.read_all()?;
         Ok((journal, id, node.cluster_id, contents))
     });
-    let (journal, id, cluster_id, contents) = match opened.await {
-        Ok(result) => result?,
-        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
-    };
+    let (journal, id, cluster_id, contents) = opened.await?;
     for (id, why) in &contents.damaged {
         tracing::error!(instance = %id, why, "its journal is damaged; it is left alone");
     }
     let invalid = |invalid: hv_types::Invalid| Refused { key: "agent.node_id", problem: invalid.to_string() };
+    let leftovers = contents.entries.iter().filter_map(|entry| {
+        let driver = drivers.named(entry.driver.as_deref().filter(|_| entry.fence && !entry.gone)?)?;
+        Some((entry.id().clone(), driver.fence_target(entry.id())?))
+    });
+    let beginning =
+        Guard::begin(&tuning.fencing, &config.agent.state_dir, &tuning.machine, leftovers.collect());
+    let (guard, keeper) = beginning.await;
     let context = Context {
+        guard,
         node_id: id.parse().map_err(invalid)?,
-        boot_id: inventory::boot_id(),
+        boot_id: tuning.machine.boot_id(),
         drivers,
         tuning,
         journal: Arc::new(journal),
         reports: Reports::default(),
         damaged: contents.damaged,
     };
-    Ok((Arc::new(context), contents.entries, cluster_id))
+    Ok(Opened { context: Arc::new(context), keeper, entries: contents.entries, cluster_id })
 }
 
 /// Follows each driver's events, and asks each once what it has.
@@ -277,7 +337,11 @@ fn spawn_inventory(
     missing: Vec<hv_types::DriverInfo>,
     shutdown: &Shutdown,
 ) -> watch::Receiver<Option<inventory::Inventory>> {
-    let capacity = config.agent.capacity.over(inventory::capacity(&config.agent.state_dir));
+    let measured = match &context.tuning.machine {
+        Machine::Real => inventory::capacity(&config.agent.state_dir),
+        Machine::Simulated { .. } => hv_types::Resources::default(),
+    };
+    let capacity = config.agent.capacity.over(measured);
     let reserved = &config.agent.reserved;
     let kept_back = hv_types::Resources {
         cpu_cores: reserved.cpu_cores,
@@ -298,30 +362,41 @@ fn spawn_inventory(
 }
 
 /// Everything that talks to the server.
+#[expect(clippy::too_many_arguments, reason = "each is a part of its own, and there are two callers")]
 async fn spawn_control(
     config: &Config,
     instances: &Arc<Instances>,
+    servers: Servers,
     inventory: watch::Receiver<Option<inventory::Inventory>>,
     health: &Health,
     port: u16,
     cluster_id: Option<String>,
     shutdown: &Shutdown,
 ) -> Result<(), AgentError> {
-    let options = config.client_options();
-    let clients = Clients::new(channel(&options)?);
-    let identity = identity(config, &options.url()?, port).await;
+    let servers = Arc::new(servers);
+    let identity = identity(config, &servers.current().options.url()?, port).await;
     let retry = config.heartbeat.retry_interval.get();
     let backoff = Backoff::new(retry, retry * MOST_PAUSES);
     let timeout = config.heartbeat.timeout.get();
+    let context = instances.context();
+    let (usage_sender, usage) = watch::channel(hv_proto::v1::NodeUsage::default());
+    let every = config.heartbeat.interval.get();
+    let state_dir = config.agent.state_dir.clone();
+    let reading =
+        inventory::follow_usage(Arc::clone(context), state_dir, every, usage_sender, shutdown.token());
+    shutdown.spawn("usage", Box::pin(reading));
     let (registered_sender, registered) = watch::channel(None);
     let (synced_sender, synced) = watch::channel(None);
     let registration = Registration {
-        context: Arc::clone(instances.context()),
+        context: Arc::clone(context),
         identity,
         state_dir: config.agent.state_dir.clone(),
-        client: clients.cluster(),
-        options,
+        servers: Arc::clone(&servers),
         inventory,
+        usage,
+        fencing: context.guard.status(),
+        gate: context.guard.gate(),
+        margin: config.agent.fencing.margin.map(hv_config::HumanDuration::get),
         registered: registered_sender,
         cluster_id,
         known: None,
@@ -333,14 +408,13 @@ async fn spawn_control(
     };
     let assignments = Assignments {
         instances: Arc::clone(instances),
-        client: clients.assignment(),
+        servers: Arc::clone(&servers),
         registered,
         synced: synced_sender,
         timeout,
         backoff: backoff.clone(),
     };
-    let reporter =
-        Reporter { instances: Arc::clone(instances), client: clients.assignment(), synced, timeout, backoff };
+    let reporter = Reporter { instances: Arc::clone(instances), servers, synced, timeout, backoff };
     shutdown.spawn("registration", Box::pin(registration.run(shutdown.token())));
     shutdown.spawn("assignments", Box::pin(assignments.run(shutdown.token())));
     shutdown.spawn("reporter", Box::pin(reporter.run(shutdown.token())));

@@ -62,6 +62,9 @@ enum Command {
     },
     /// Prints the version.
     Version,
+    /// Stops what may run elsewhere when the control plane is out of reach. Started by the agent itself.
+    #[command(hide = true)]
+    Fencer,
 }
 
 #[derive(Debug, Subcommand)]
@@ -84,8 +87,8 @@ struct Flags {
     /// Configuration file [default: /etc/hypervisor/agent.yaml if it exists]
     #[arg(long, value_name = "FILE", env = "HYPERVISOR_CONFIG", global = true)]
     config: Option<PathBuf>,
-    /// The server's address [default: 127.0.0.1:50051]
-    #[arg(long, value_name = "HOST:PORT", global = true)]
+    /// The server's address; several are tried in turn [default: 127.0.0.1:50051]
+    #[arg(long, value_name = "HOST:PORT,…", global = true)]
     server_addr: Option<String>,
     /// The node's id [default: made at the first start and kept]
     #[arg(long, value_name = "ID", global = true)]
@@ -172,6 +175,14 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
             println!("hypervisor-agent {}", env!("CARGO_PKG_VERSION"));
             return Ok(());
         }
+        #[cfg(target_os = "linux")]
+        Some(Command::Fencer) => {
+            let dir =
+                cli.flags.state_dir.unwrap_or_else(|| hypervisor_agent::config::DEFAULT_STATE_DIR.into());
+            return Ok(hypervisor_agent::fencing::process::run(dir.as_ref())?);
+        }
+        #[cfg(not(target_os = "linux"))]
+        Some(Command::Fencer) => anyhow::bail!("there is no fencer for this system"),
         Some(Command::Config { command: ConfigCommand::Show }) => {
             print!("{}", cli.flags.load()?.to_table());
             return Ok(());

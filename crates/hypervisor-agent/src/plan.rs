@@ -4,13 +4,45 @@
 //! - Nothing is started that runs, and nothing is created that the journal knows to be there.
 //! - Whatever is wanted, and wherever a crash left things, the steps come to an end, and there what is wanted holds.
 //! - What was deleted by somebody else is never made again behind the user's back.
+//! - What ends by itself is started again only as its policy says, with pauses that grow; what was fenced always is,
+//!   because nobody wanted it to end.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use hv_driver::{Exit, Handle, Observed};
+use hv_types::instance::RestartPolicy;
 use hv_types::{InstanceState, Wanted};
 
-use crate::entry::{Entry, Origin};
+use crate::entry::{BootMoment, Entry, Origin};
+use crate::fencing::clock::Moment;
+
+/// What people see of an instance that was fenced.
+const FENCED: &str = "stopped: the control plane was out of reach";
+
+/// First pause before an instance that ended by itself is started again; it doubles.
+const RESTART_BASE: Duration = Duration::from_secs(1);
+/// Longest such pause.
+const RESTART_MAX: Duration = Duration::from_mins(5);
+/// After so long a run the pauses begin anew.
+const RESTART_RESET: Duration = Duration::from_mins(10);
+
+/// When it is: a moment of a boot of the node.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct At<'a> {
+    pub(crate) boot_id: &'a str,
+    pub(crate) at: Moment,
+}
+
+impl At<'_> {
+    fn remembered(&self, at: Moment) -> BootMoment {
+        BootMoment { boot_id: self.boot_id.to_owned(), at }
+    }
+
+    /// The moment, if it is one of this boot.
+    fn of_this_boot(&self, moment: Option<&BootMoment>) -> Option<Moment> {
+        moment.filter(|moment| moment.boot_id == self.boot_id).map(|moment| moment.at)
+    }
+}
 
 /// What a driver is asked to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +106,10 @@ pub(crate) enum Note {
     Finished,
     /// The node was booted since: what ran is to run again.
     Revive,
+    /// It is to be started again by itself, after a pause.
+    Planned,
+    /// It is started again now.
+    Again,
     /// Nothing is left.
     Gone,
 }
@@ -89,10 +125,12 @@ pub(crate) enum Next {
     Fail(&'static str),
     /// Nothing to do; people see this.
     Rest(InstanceState, String),
+    /// Nothing to do before then; people see this.
+    Later(InstanceState, String, Moment),
 }
 
-/// What comes next for an instance that is remembered as `entry` and was `seen` so, during the node's boot `boot_id`.
-pub(crate) fn next_step(entry: &Entry, seen: &Observed, boot_id: &str) -> Next {
+/// What comes next for an instance that is remembered as `entry` and was `seen` so, `now`.
+pub(crate) fn next_step(entry: &Entry, seen: &Observed, now: &At<'_>) -> Next {
     if entry.gone {
         return Next::Rest(InstanceState::Deleting, "removed from its node".into());
     }
@@ -102,7 +140,7 @@ pub(crate) fn next_step(entry: &Entry, seen: &Observed, boot_id: &str) -> Next {
             Observed::Stopped(_) | Observed::Running(_) | Observed::Paused(_) => Next::Do(Step::Delete),
         };
     }
-    if entry.pending { pursue(entry, seen) } else { rest(entry, seen, boot_id) }
+    if entry.pending { pursue(entry, seen) } else { rest(entry, seen, now) }
 }
 
 fn pursue(entry: &Entry, seen: &Observed) -> Next {
@@ -137,7 +175,7 @@ fn pursue(entry: &Entry, seen: &Observed) -> Next {
     }
 }
 
-fn rest(entry: &Entry, seen: &Observed, boot_id: &str) -> Next {
+fn rest(entry: &Entry, seen: &Observed, now: &At<'_>) -> Next {
     use InstanceState::{Failed, Paused, Running, Stopped};
     let show = |state, reason: &str| Next::Rest(state, reason.to_owned());
     let is_reached = match (entry.wanted, seen) {
@@ -148,6 +186,13 @@ fn rest(entry: &Entry, seen: &Observed, boot_id: &str) -> Next {
     };
     if let Some(reason) = entry.failure.as_ref().filter(|_| !is_reached) {
         return show(Failed, reason);
+    }
+    if let Observed::Stopped(exit) = seen
+        && entry.wanted == Wanted::Running
+        && entry.origin != Origin::Found
+        && let Some(next) = again(entry, exit, now)
+    {
+        return next;
     }
     match seen {
         Observed::Running(_) => show(Running, ""),
@@ -161,9 +206,12 @@ fn rest(entry: &Entry, seen: &Observed, boot_id: &str) -> Next {
         Observed::Stopped(Exit::Stopped) => show(Stopped, "it was stopped on its node"),
         Observed::Stopped(Exit::Finished) => show(Stopped, "the guest powered off"),
         Observed::Stopped(Exit::Failed(reason)) => show(Failed, reason),
+        Observed::Stopped(Exit::Fenced) => {
+            show(Failed, &format!("{FENCED}; what it had in memory is lost: start it again"))
+        }
         Observed::Stopped(Exit::Lost) => {
             let is_news = entry.last_exit.is_none() && entry.origin != Origin::Found;
-            let was_booted = entry.boot_id != boot_id;
+            let was_booted = entry.boot_id != now.boot_id;
             match entry.wanted {
                 Wanted::Running if is_news && was_booted => Next::Note(Note::Revive),
                 Wanted::Paused if was_booted => {
@@ -178,8 +226,63 @@ fn rest(entry: &Entry, seen: &Observed, boot_id: &str) -> Next {
     }
 }
 
+/// What comes next for an instance that is to run and ended without having been asked to; `None`: it stays as it is.
+fn again(entry: &Entry, exit: &Exit, now: &At<'_>) -> Option<Next> {
+    let is_failure = match exit {
+        Exit::Fenced => return Some(Next::Note(Note::Again)),
+        // After a boot of the node it is revived, or has failed, whatever its policy says.
+        Exit::Lost => {
+            if entry.boot_id != now.boot_id {
+                return None;
+            }
+            true
+        }
+        Exit::Failed(_) => true,
+        Exit::Finished => false,
+        Exit::NeverStarted | Exit::Stopped => return None,
+    };
+    match entry.restart_policy {
+        RestartPolicy::Always => {}
+        RestartPolicy::OnFailure if is_failure => {}
+        RestartPolicy::OnFailure | RestartPolicy::Never => return None,
+    }
+    let restarts = &entry.restarts;
+    let Some(due) = now.of_this_boot(restarts.due.as_ref()) else {
+        return Some(Next::Note(Note::Planned));
+    };
+    if due <= now.at {
+        return Some(Next::Note(Note::Again));
+    }
+    let state = if is_failure { InstanceState::Failed } else { InstanceState::Stopped };
+    let what = match exit {
+        Exit::Failed(reason) => format!("failed with {reason}"),
+        Exit::Lost => "its process is gone".to_owned(),
+        _ => "the guest powered off".to_owned(),
+    };
+    let pause = pause(restarts.streak.saturating_sub(1)).as_secs();
+    let times = ordinal(restarts.count.saturating_add(1));
+    Some(Next::Later(state, format!("{what}; started again after {pause} s ({times} time)"), due))
+}
+
+/// The pause before the start that follows so many in a row.
+fn pause(streak: u32) -> Duration {
+    const MOST_DOUBLINGS: u32 = 16;
+    (RESTART_BASE * (1 << streak.min(MOST_DOUBLINGS))).min(RESTART_MAX)
+}
+
+fn ordinal(number: u32) -> String {
+    let ending = match (number % 10, number % 100) {
+        (_, 11..=13) => "th",
+        (1, _) => "st",
+        (2, _) => "nd",
+        (3, _) => "rd",
+        _ => "th",
+    };
+    format!("{number}{ending}")
+}
+
 /// What is remembered after a driver did a step that was begun for what `serial` numbers.
-pub(crate) fn done(entry: &mut Entry, step: Step, serial: u64, handle: Option<Handle>, boot_id: &str) {
+pub(crate) fn done(entry: &mut Entry, step: Step, serial: u64, handle: Option<Handle>, now: &At<'_>) {
     let is_current = entry.serial == serial && entry.wanted == Wanted::Running && !entry.discard;
     if handle.is_some() {
         entry.handle = handle;
@@ -187,9 +290,10 @@ pub(crate) fn done(entry: &mut Entry, step: Step, serial: u64, handle: Option<Ha
     match step {
         Step::Create => entry.created = true,
         Step::Start => {
-            entry.boot_id = boot_id.to_owned();
+            entry.boot_id = now.boot_id.to_owned();
             entry.last_exit = None;
             entry.started_at = Some(SystemTime::now());
+            entry.restarts.started = Some(now.remembered(now.at));
             // At once, not when it is seen running: a guest that ends right away is not to be started for ever.
             if is_current {
                 entry.finish();
@@ -202,7 +306,7 @@ pub(crate) fn done(entry: &mut Entry, step: Step, serial: u64, handle: Option<Ha
 }
 
 /// What is remembered when the plan notes something.
-pub(crate) fn remember(entry: &mut Entry, note: Note, seen: &Observed, boot_id: &str) {
+pub(crate) fn remember(entry: &mut Entry, note: Note, seen: &Observed, now: &At<'_>) {
     match note {
         Note::Discarded => {
             entry.discard = false;
@@ -215,13 +319,28 @@ pub(crate) fn remember(entry: &mut Entry, note: Note, seen: &Observed, boot_id: 
         Note::Finished => {
             entry.created |= *seen != Observed::Absent;
             if let Observed::Running(running) | Observed::Paused(running) = seen {
-                entry.boot_id = boot_id.to_owned();
+                entry.boot_id = now.boot_id.to_owned();
                 entry.started_at = running.since.or(entry.started_at);
                 entry.last_exit = None;
             }
             entry.finish();
         }
         Note::Revive => {
+            entry.pending = true;
+            entry.serial += 1;
+        }
+        Note::Planned => {
+            let started = now.of_this_boot(entry.restarts.started.as_ref());
+            if started.is_none_or(|started| now.at.since(started) >= RESTART_RESET) {
+                entry.restarts.streak = 0;
+            }
+            let due = now.at.after(pause(entry.restarts.streak));
+            entry.restarts.streak = entry.restarts.streak.saturating_add(1);
+            entry.restarts.due = Some(now.remembered(due));
+        }
+        Note::Again => {
+            entry.restarts.count = entry.restarts.count.saturating_add(1);
+            entry.restarts.due = None;
             entry.pending = true;
             entry.serial += 1;
         }

@@ -10,7 +10,6 @@ use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hv_client::AssignmentClient;
 use hv_proto::v1::{InstanceReport, ReportInstancesRequest, ReportVerdict};
 use hv_telemetry::crash::{Point, reach};
 use hv_types::{Epoch, InstanceId};
@@ -20,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backoff::Backoff;
 use crate::instances::Instances;
+use crate::servers::Servers;
 
 /// Most reports in one call: what the contract takes.
 const BATCH: usize = 100;
@@ -78,7 +78,7 @@ impl Reports {
 /// Sends the reports.
 pub(crate) struct Reporter {
     pub(crate) instances: Arc<Instances>,
-    pub(crate) client: AssignmentClient,
+    pub(crate) servers: Arc<Servers>,
     /// The cluster, while the whole set of assignments is known.
     pub(crate) synced: watch::Receiver<Option<String>>,
     pub(crate) timeout: Duration,
@@ -109,11 +109,14 @@ impl Reporter {
                 cluster_id: cluster_id.unwrap_or_default(),
                 reports: batch.iter().map(|(_, report)| report.clone()).collect(),
             };
-            let call = self.client.report_instances(request);
+            let server = self.servers.current();
+            let mut client = server.clients.assignment();
+            let call = client.report_instances(request);
             let verdicts = match tokio::time::timeout(self.timeout, call).await {
                 Ok(Ok(answer)) => answer.into_inner().verdicts,
                 Ok(Err(status)) => {
                     tracing::warn!(code = ?status.code(), error = status.message(), "reports were not taken");
+                    self.servers.failed(server, hv_client::explain(&server.options, &status).code());
                     Vec::new()
                 }
                 Err(_) => {

@@ -1,5 +1,6 @@
 //! AgentService: what is interactive, and operation of the node while the control plane is away. Translates only.
 
+mod deadline;
 mod streams;
 
 use std::collections::HashMap;
@@ -19,6 +20,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
 
+use self::deadline::{ask, budget};
 use crate::instances::Instances;
 use crate::view::View;
 
@@ -85,12 +87,11 @@ impl Service {
     }
 
     /// Asks for something and waits, within bounds, until it is so or cannot be.
-    async fn want(&self, id: &str, wish: Wish, stop: StopOptions) -> Answer<v1::Instance> {
+    async fn want(&self, id: &str, wish: Wish, stop: StopOptions, wait: Duration) -> Answer<v1::Instance> {
         let id = id_from(id)?;
         let view = self.instances.follow(&id).map_err(|e| refuse(&e))?;
         let serial = self.instances.want(&id, wish, stop).await.map_err(|e| refuse(&e))?;
-        let guest_time = Duration::from_secs(stop.timeout_seconds.into());
-        Ok(shown(view, serial, MOST_WAIT + guest_time).await)
+        Ok(shown(view, serial, wait).await)
     }
 
     /// The driver that has an instance.
@@ -104,15 +105,18 @@ impl Service {
         })
     }
 
-    async fn read(&self, driver: &Arc<dyn Driver>, id: &InstanceId) -> Result<(Stats, Reading), Status> {
-        let deadline = self.instances.context().tuning.look_deadline;
-        let stats = match tokio::time::timeout(deadline, driver.stats(id)).await {
-            Ok(stats) => stats.map_err(|e| driver_error(&e))?,
-            Err(_) => {
-                let text = format!("the driver did not answer within {} s", deadline.as_secs());
-                return Err(refuse(&ServiceError::new(ErrorCode::DeadlineExceeded, text)));
-            }
-        };
+    /// How long a driver may take to answer this call.
+    fn patience<T>(&self, request: &Request<T>) -> Duration {
+        budget(request, self.instances.context().tuning.look_deadline)
+    }
+
+    async fn read(
+        &self,
+        driver: &Arc<dyn Driver>,
+        id: &InstanceId,
+        patience: Duration,
+    ) -> Result<(Stats, Reading), Status> {
+        let stats = ask(patience, driver.stats(id)).await?;
         Ok((stats, Reading { at: Instant::now(), cpu_time_ns: stats.cpu_time_ns }))
     }
 
@@ -150,6 +154,7 @@ impl AgentService for Service {
         &self,
         request: Request<v1::AgentCreateInstanceRequest>,
     ) -> Answer<v1::Instance> {
+        let wait = budget(&request, MOST_WAIT);
         let request = request.into_inner();
         let asked = v1::CreateInstanceRequest {
             name: request.name,
@@ -166,18 +171,24 @@ impl AgentService for Service {
                 format!("this node has no driver for the type {instance_type}; enable one under drivers");
             return Err(refuse(&ServiceError::precondition(text)));
         }
-        let config = InstanceConfig { id, name: record.name, spec: record.spec, metadata: record.metadata };
+        let config = InstanceConfig {
+            id,
+            name: record.name,
+            spec: Arc::unwrap_or_clone(record.spec),
+            metadata: Arc::unwrap_or_clone(record.metadata),
+        };
         let view = self.instances.create_local(config, instance_type).map_err(|e| refuse(&e))?;
-        Ok(shown(view, 1, MOST_WAIT).await)
+        Ok(shown(view, 1, wait).await)
     }
 
     async fn delete_instance(&self, request: Request<v1::AgentDeleteInstanceRequest>) -> Answer<Empty> {
+        let wait = budget(&request, MOST_WAIT);
         let request = request.into_inner();
         let stop = StopOptions { force: request.force, ..StopOptions::default() };
         let id = id_from(&request.instance_id)?;
         let mut view = self.instances.follow(&id).map_err(|e| refuse(&e))?;
         self.instances.want(&id, Wish::Delete, stop).await.map_err(|e| refuse(&e))?;
-        let is_gone = tokio::time::timeout(MOST_WAIT, view.wait_for(|view| view.is_over)).await.is_ok();
+        let is_gone = tokio::time::timeout(wait, view.wait_for(|view| view.is_over)).await.is_ok();
         if !is_gone {
             let why = view.borrow().record.state_reason.clone();
             let text = format!("instance {id} is still being removed; it goes on: {why}");
@@ -187,30 +198,37 @@ impl AgentService for Service {
     }
 
     async fn start_instance(&self, request: Request<v1::AgentInstanceRequest>) -> Answer<v1::Instance> {
-        self.want(&request.into_inner().instance_id, Wish::Start, StopOptions::default()).await
+        let wait = budget(&request, MOST_WAIT);
+        self.want(&request.into_inner().instance_id, Wish::Start, StopOptions::default(), wait).await
     }
 
     async fn stop_instance(&self, request: Request<v1::AgentStopInstanceRequest>) -> Answer<v1::Instance> {
-        let request = request.into_inner();
-        let stop = stop_options(request.force, request.timeout_seconds)?;
-        self.want(&request.instance_id, Wish::Stop, stop).await
+        let asked = request.get_ref();
+        let stop = stop_options(asked.force, asked.timeout_seconds)?;
+        let guest_time = Duration::from_secs(stop.timeout_seconds.into());
+        let wait = budget(&request, MOST_WAIT + guest_time);
+        self.want(&asked.instance_id, Wish::Stop, stop, wait).await
     }
 
     async fn restart_instance(
         &self,
         request: Request<v1::AgentRestartInstanceRequest>,
     ) -> Answer<v1::Instance> {
-        let request = request.into_inner();
-        let stop = StopOptions { force: request.force, ..StopOptions::default() };
-        self.want(&request.instance_id, Wish::Restart, stop).await
+        let asked = request.get_ref();
+        let stop = StopOptions { force: asked.force, ..StopOptions::default() };
+        let guest_time = Duration::from_secs(stop.timeout_seconds.into());
+        let wait = budget(&request, MOST_WAIT + guest_time);
+        self.want(&asked.instance_id, Wish::Restart, stop, wait).await
     }
 
     async fn pause_instance(&self, request: Request<v1::AgentInstanceRequest>) -> Answer<v1::Instance> {
-        self.want(&request.into_inner().instance_id, Wish::Pause, StopOptions::default()).await
+        let wait = budget(&request, MOST_WAIT);
+        self.want(&request.into_inner().instance_id, Wish::Pause, StopOptions::default(), wait).await
     }
 
     async fn resume_instance(&self, request: Request<v1::AgentInstanceRequest>) -> Answer<v1::Instance> {
-        self.want(&request.into_inner().instance_id, Wish::Resume, StopOptions::default()).await
+        let wait = budget(&request, MOST_WAIT);
+        self.want(&request.into_inner().instance_id, Wish::Resume, StopOptions::default(), wait).await
     }
 
     async fn get_instance(&self, request: Request<v1::AgentInstanceRequest>) -> Answer<v1::Instance> {
@@ -230,10 +248,11 @@ impl AgentService for Service {
         &self,
         request: Request<v1::AgentInstanceRequest>,
     ) -> Answer<v1::InstanceStats> {
+        let patience = self.patience(&request);
         let id = id_from(&request.into_inner().instance_id)?;
         let driver = self.driver_of(&id)?;
         let kept = self.readings.lock().get(&id).copied();
-        let (mut stats, mut now) = self.read(&driver, &id).await?;
+        let (mut stats, mut now) = self.read(&driver, &id, patience).await?;
         let usable = |old: &Reading| {
             let age = now.at.duration_since(old.at);
             (READING_GAP..READING_AGE).contains(&age) && old.cpu_time_ns <= now.cpu_time_ns
@@ -243,7 +262,7 @@ impl AgentService for Service {
             None => {
                 let first = now;
                 tokio::time::sleep(READING_GAP).await;
-                (stats, now) = self.read(&driver, &id).await?;
+                (stats, now) = self.read(&driver, &id, patience).await?;
                 first
             }
         };
@@ -283,7 +302,8 @@ impl AgentService for Service {
         &self,
         request: Request<v1::GetInstanceLogsRequest>,
     ) -> Answer<Self::GetInstanceLogsStream> {
-        self.logs(request.into_inner()).await
+        let patience = self.patience(&request);
+        self.logs(request.into_inner(), patience).await
     }
 }
 

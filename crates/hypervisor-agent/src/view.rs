@@ -1,11 +1,12 @@
 //! What is shown of an instance: to users of this node, and to the control plane.
 
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use hv_driver::{Observed, Running};
 use hv_proto::convert;
 use hv_proto::v1;
-use hv_types::instance::{Binding, PlacementRules};
+use hv_types::instance::{Binding, FailoverPolicy};
 use hv_types::{InstanceRecord, InstanceState, NodeId, Revision};
 
 use crate::entry::{Entry, Origin};
@@ -51,9 +52,12 @@ impl View {
             name: entry.config.name.clone(),
             project: String::new(),
             instance_type: entry.instance_type,
-            spec: entry.config.spec.clone(),
-            metadata: entry.config.metadata.clone(),
-            placement: PlacementRules::default(),
+            spec: Arc::new(entry.config.spec.clone()),
+            metadata: Arc::new(entry.config.metadata.clone()),
+            placement: Arc::default(),
+            restart_policy: entry.restart_policy,
+            failover_policy: if entry.fence { FailoverPolicy::Restart } else { FailoverPolicy::Never },
+            set: String::new(),
             wanted: entry.wanted,
             generation: entry.generation,
             restart_generation: entry.restart_generation,
@@ -66,6 +70,8 @@ impl View {
             ip_address: running.ip.map(|ip| ip.to_string()).unwrap_or_default(),
             created_at: entry.created_at,
             started_at: running.since.or(entry.started_at),
+            restart_count: entry.restarts.count,
+            recovery_note: String::new(),
             revision: Revision::default(),
         };
         Self {
@@ -91,6 +97,7 @@ impl View {
             ip_address: record.ip_address.clone(),
             started_at: started_at.map(convert::to_timestamp),
             gone: entry.gone,
+            restart_count: record.restart_count,
         }
     }
 }

@@ -11,6 +11,7 @@
 //! pauses; any other is final until something else is wanted. A removal is tried for ever.
 
 mod call;
+mod guarded;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,8 +29,9 @@ use tokio_util::sync::CancellationToken;
 use crate::backoff::Backoff;
 use crate::context::Context;
 use crate::entry::{Entry, Order, Origin, Taken};
+use crate::fencing::Gate;
 use crate::instances::Instances;
-use crate::plan::{Next, Note, Step, done, next_step, remember};
+use crate::plan::{At, Next, Note, Step, done, next_step, remember};
 use crate::view::{Shown, View};
 use crate::worker::call::{after, before, request};
 
@@ -37,7 +39,8 @@ use crate::worker::call::{after, before, request};
 #[derive(Debug)]
 pub(crate) enum Command {
     /// The control plane wants this.
-    Order(Box<Order>),
+    /// The session is that of the registration after which it was said.
+    Order(Box<Order>, u64),
     /// The control plane wants it forgotten; the epoch of the report that this answers, if it answers one.
     Release(Option<Epoch>),
     /// The control plane took a report of this epoch and generation that said that nothing is left.
@@ -53,7 +56,7 @@ pub(crate) enum Command {
 /// How a driver call ended.
 enum Called<T> {
     Done(Result<T, DriverError>),
-    /// Something else is wanted by now that cannot wait.
+    /// Something else is wanted by now that cannot wait, or the node's lease has ended.
     Overtaken,
 }
 
@@ -77,6 +80,10 @@ pub(crate) struct Worker {
     last_done: Option<(Step, u64)>,
     reported: Option<hv_proto::v1::InstanceReport>,
     is_orphan: bool,
+    /// Whether what may run elsewhere may start.
+    gate: watch::Receiver<Gate>,
+    /// The session in which the control plane last named it as bound here.
+    named: u64,
 }
 
 impl Worker {
@@ -88,8 +95,10 @@ impl Worker {
         view: watch::Sender<Arc<View>>,
         stopping: CancellationToken,
         unsaved: bool,
+        named: u64,
     ) -> Self {
         let context = Arc::clone(instances.context());
+        let gate = context.guard.gate();
         Self {
             context,
             instances,
@@ -109,6 +118,8 @@ impl Worker {
             last_done: None,
             reported: None,
             is_orphan: false,
+            gate,
+            named,
         }
     }
 
@@ -144,11 +155,22 @@ impl Worker {
 
     async fn go_on(&mut self) {
         let seen = self.seen.clone().unwrap_or(Observed::Absent);
-        match next_step(&self.entry, &seen, &self.context.boot_id) {
-            Next::Do(step) => self.perform(step, &seen).await,
+        let context = Arc::clone(&self.context);
+        let now = At { boot_id: &context.boot_id, at: context.guard.now() };
+        match next_step(&self.entry, &seen, &now) {
+            Next::Do(step) => {
+                if self.may_do(step, &seen).await {
+                    self.perform(step, &seen).await;
+                }
+            }
             Next::Note(note) => {
-                remember(&mut self.entry, note, &seen, &self.context.boot_id);
+                remember(&mut self.entry, note, &seen, &now);
                 self.unsaved = true;
+            }
+            Next::Later(state, reason, at) => {
+                self.publish(state, &reason);
+                self.next_look = self.next_look.min(Instant::now() + at.since(now.at));
+                self.wait().await;
             }
             Next::Fail(reason) => {
                 self.entry.fail(reason.into());
@@ -210,7 +232,8 @@ impl Worker {
             return true;
         }
         if entry.driver.is_none() && entry.wanted == Wanted::Deleted {
-            remember(entry, Note::Gone, &Observed::Absent, &self.context.boot_id);
+            let now = At { boot_id: &self.context.boot_id, at: self.context.guard.now() };
+            remember(entry, Note::Gone, &Observed::Absent, &now);
             self.unsaved = true;
             return true;
         }
@@ -237,11 +260,13 @@ impl Worker {
         let call = Box::pin(async move {
             if recovered { driver.observe(&id).await } else { driver.recover(&id, handle.as_ref()).await }
         });
-        match self.call(call, self.context.tuning.look_deadline, "look", |_| false).await {
+        match self.call(call, self.context.tuning.look_deadline, "look", None, |_| false).await {
             Called::Done(Ok(seen)) => {
                 if !matches!(seen, Observed::Running(_)) || self.seen.is_none() {
                     tracing::debug!(instance = %self.entry.id(), ?seen, "looked");
                 }
+                let seen = self.judge(seen);
+                self.see_to_guard(&seen).await;
                 self.seen = Some(seen);
                 self.recovered = true;
                 self.look = false;
@@ -284,13 +309,21 @@ impl Worker {
             reach(point);
         }
         tracing::info!(instance = %self.entry.id(), name = self.entry.config.name, step = step.name(), "working");
+        let session = self.session_of(step);
+        if session.is_some() && !self.announce(step, seen, &driver).await {
+            return;
+        }
         let call = request(driver, step, &self.entry);
         // A guest that takes its time to stop must not keep the plug from being pulled.
         let is_overtaking =
             move |entry: &Entry| step == Step::Stop && (entry.stop.force || entry.wanted == Wanted::Deleted);
         let was_forced = is_overtaking(&self.entry);
-        let called =
-            self.call(call, deadline, step.name(), |entry| !was_forced && is_overtaking(entry)).await;
+        let called = self
+            .call(call, deadline, step.name(), session, |entry| !was_forced && is_overtaking(entry))
+            .await;
+        if session.is_some() {
+            self.context.guard.settled(self.entry.id()).await;
+        }
         if let Some(point) = after(step) {
             reach(point);
         }
@@ -298,7 +331,11 @@ impl Worker {
         let outcome = match called {
             Called::Overtaken => "overtaken",
             Called::Done(Ok(handle)) => {
-                done(&mut self.entry, step, serial, handle, &self.context.boot_id);
+                let now = At { boot_id: &self.context.boot_id, at: self.context.guard.now() };
+                done(&mut self.entry, step, serial, handle, &now);
+                if step == Step::Start {
+                    self.context.guard.note_fenced(self.entry.id());
+                }
                 self.unsaved = true;
                 if self.last_done.replace((step, serial)) == Some((step, serial)) {
                     let error = DriverError::failed(
@@ -362,10 +399,12 @@ impl Worker {
         mut call: BoxFuture<'static, Result<T, DriverError>>,
         deadline: Duration,
         operation: &'static str,
+        session: Option<u64>,
         is_overtaken: impl Fn(&Entry) -> bool,
     ) -> Called<T> {
         let timeout = tokio::time::sleep(deadline);
-        tokio::pin!(timeout);
+        let lapse = guarded::lapse(self.gate.clone(), session);
+        tokio::pin!(timeout, lapse);
         loop {
             tokio::select! {
                 biased;
@@ -375,6 +414,7 @@ impl Worker {
                     let id = self.entry.id().clone();
                     return Called::Done(Err(DriverError::Timeout { id, operation, timeout_ms }));
                 }
+                () = &mut lapse => return Called::Overtaken,
                 Some(command) = self.commands.recv() => {
                     self.obey(command).await;
                     if is_overtaken(&self.entry) {
@@ -406,6 +446,7 @@ impl Worker {
                 self.look = true;
                 self.next_look = Instant::now() + self.context.tuning.look_every;
             }
+            Ok(()) = self.gate.changed() => self.look |= self.entry.fence,
             () = stopping.cancelled() => {}
         }
     }
@@ -413,11 +454,19 @@ impl Worker {
     async fn obey(&mut self, command: Command) {
         let serial = self.entry.serial;
         match command {
-            Command::Order(order) => {
+            Command::Order(order, session) => {
                 reach(Point::AgentAssignmentBeforeJournal);
+                if order.epoch >= self.entry.epoch {
+                    self.named = session;
+                }
                 match self.entry.order(*order) {
                     Taken::Newer => self.changed().await,
                     Taken::Known => self.report(true),
+                    Taken::Policies => {
+                        self.unsaved = true;
+                        self.look = true;
+                        self.report(true);
+                    }
                 }
                 reach(Point::AgentAssignmentAfterJournal);
             }
@@ -505,6 +554,8 @@ impl Worker {
             return false;
         }
         self.context.reports.withdraw(&id);
+        self.context.guard.forget(&id).await;
+        self.context.guard.note_fenced(&id);
         if self.instances.retire(&id, &self.commands) {
             self.show(InstanceState::Deleting, "removed from its node", true);
             tracing::info!(instance = %id, "nothing is left of it, forgotten");

@@ -2,6 +2,9 @@
 
 mod instance;
 mod node;
+mod operation;
+mod placement;
+mod store;
 pub(crate) mod value;
 
 use std::path::PathBuf;
@@ -14,7 +17,12 @@ pub use instance::{
     ConsoleArgs, CreateArgs, DeleteArgs, ExecArgs, GetArgs, InstanceCommand, ListArgs, LogsArgs, NameArgs,
     NamesArgs, RestartArgs, StatsArgs, StopArgs,
 };
-pub use node::{DrainArgs, NodeCommand, NodeListArgs, NodeNamesArgs};
+pub use node::{
+    DrainArgs, NodeCommand, NodeListArgs, NodeNameArgs, NodeNamesArgs, NodeRemoveArgs, NodeUpdateArgs,
+};
+pub use operation::{OperationArgs, OperationCancelArgs, OperationCommand, OperationListArgs};
+pub use placement::{PlacementArgs, ScheduleArgs, ShapeArgs};
+pub use store::{StoreCommand, StoreCompactArgs, StoreDumpArgs, StoreFileArgs, StoreMigrateArgs};
 
 use crate::output::OutputFormat;
 
@@ -118,6 +126,14 @@ pub enum Command {
     /// The cluster as a whole
     #[command(subcommand)]
     Cluster(ClusterCommand),
+    /// Where instances would be placed now
+    Schedule(Box<ScheduleArgs>),
+    /// Work that takes long: drains and the like
+    #[command(subcommand, visible_alias = "operations")]
+    Operation(OperationCommand),
+    /// Where all records lie: status, backup, restore, move
+    #[command(subcommand)]
+    Store(StoreCommand),
     /// What happened, newest last
     Events(EventsArgs),
     /// Create or update what files describe

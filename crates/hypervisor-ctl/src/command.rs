@@ -11,8 +11,11 @@ mod exec;
 mod follow;
 mod instance;
 mod node;
+mod operation;
+mod placement;
 mod stats;
 mod stdin;
+mod store;
 pub(crate) mod version;
 
 pub(crate) use change::Verb;
@@ -53,6 +56,9 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<u8, CtlEr
         Command::Node(command) => node::run(context, command).await,
         Command::Image(ImageCommand::List(args)) => cluster::images(context, &args).await,
         Command::Cluster(ClusterCommand::Info) => cluster::info(context).await,
+        Command::Schedule(args) => placement::schedule(context, &args).await,
+        Command::Operation(command) => operation::run(context, command).await,
+        Command::Store(command) => store::run(context, command).await,
         Command::Events(args) => events::run(context, &args).await,
         Command::Apply(args) => apply::run(context, &args).await,
         Command::Version(_) => version::with_server(context).await,

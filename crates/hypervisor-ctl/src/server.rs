@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use hv_client::{ClientOptions, Clients, ClusterClient, ComputeClient};
+use hv_client::{ClientOptions, Clients, ClusterClient, ComputeClient, OperationClient, StoreClient};
 use hv_telemetry::RequestId;
 use hv_types::{RequestKey, ServiceError};
 use tokio::time::Instant;
@@ -46,6 +46,26 @@ impl Server {
         self.clients.cluster()
     }
 
+    pub(crate) fn operations(&self) -> OperationClient {
+        self.clients.operations()
+    }
+
+    pub(crate) fn store(&self) -> StoreClient {
+        self.clients.store()
+    }
+
+    /// The same settings towards another server.
+    pub(crate) fn elsewhere(&self, address: &str) -> Result<Self, CtlError> {
+        let options = ClientOptions { endpoint: address.to_owned(), ..self.options.clone() };
+        let channel = hv_client::channel(&options).map_err(ServiceError::from)?;
+        Ok(Self { options, clients: Clients::new(channel), timeout: self.timeout })
+    }
+
+    /// Where it is.
+    pub(crate) fn address(&self) -> &str {
+        &self.options.endpoint
+    }
+
     /// The error that a failed call stands for.
     pub(crate) fn error(&self, status: &Status) -> CtlError {
         CtlError::Service(hv_client::explain(&self.options, status))
@@ -73,8 +93,8 @@ impl Server {
                     return Err(CtlError::Service(ServiceError::unavailable(text)));
                 }
             };
-            let pause = pause_before(attempt + 1);
-            let again = status.code() == Code::Unavailable
+            let pause = pushback(&status).unwrap_or_else(|| pause_before(attempt + 1));
+            let again = (status.code() == Code::Unavailable || pushback(&status).is_some())
                 && attempt < MAX_ATTEMPTS
                 && Instant::now() + pause < deadline;
             if !again {
@@ -90,6 +110,12 @@ impl Server {
             attempt += 1;
         }
     }
+}
+
+/// After how long the server that had too much to do wants to be asked again.
+fn pushback(status: &Status) -> Option<Duration> {
+    let value = status.metadata().get(hv_proto::status::RETRY_PUSHBACK_KEY)?;
+    value.to_str().ok()?.parse().ok().map(Duration::from_millis)
 }
 
 /// How long to wait before an attempt: a random part of a bound that doubles, so that many clients do not come back at once.

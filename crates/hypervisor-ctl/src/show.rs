@@ -3,6 +3,9 @@
 pub(crate) mod event;
 pub(crate) mod instance;
 pub(crate) mod node;
+pub(crate) mod operation;
+pub(crate) mod placement;
+pub(crate) mod store;
 
 use crate::output::text::{escape, size};
 

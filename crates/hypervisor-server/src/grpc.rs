@@ -4,7 +4,9 @@ mod assignments;
 mod cluster;
 mod compute;
 mod interactive;
+mod operations;
 mod request;
+mod store;
 mod watch;
 
 use std::sync::Arc;
@@ -21,14 +23,17 @@ use hv_cluster::{Cluster, Election};
 use hv_proto::v1::assignment_service_server::AssignmentServiceServer;
 use hv_proto::v1::cluster_service_server::ClusterServiceServer;
 use hv_proto::v1::compute_service_server::ComputeServiceServer;
+use hv_proto::v1::operation_service_server::OperationServiceServer;
+use hv_proto::v1::store_service_server::StoreServiceServer;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
+use tonic::service::{Routes, RoutesBuilder};
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Identity, ServerTlsConfig};
 use tonic::{Response, Status};
 use tracing::error;
 
+use crate::limits::{self, Limits};
 use crate::settings::TlsSettings;
 
 /// How often an idle connection is checked, and how long the answer may take: a peer that vanished must not hold a
@@ -53,25 +58,33 @@ impl Shared {
         &self,
         stream: impl Stream<Item = Result<T, Status>> + Send + 'static,
     ) -> Response<ReplyStream<T>> {
-        let begin = Some((Box::pin(stream), self.stop.clone()));
-        let until_stop = futures::stream::unfold(begin, |state| async move {
-            let (mut stream, stop) = state?;
-            tokio::select! {
-                item = stream.next() => item.map(|item| (item, Some((stream, stop)))),
-                () = stop.cancelled() => Some((Err(Status::unavailable("the server is stopping")), None)),
-            }
-        });
-        Response::new(Box::pin(until_stop))
+        until_stop(&self.stop, stream)
     }
 }
 
-/// Every service, behind the request id. Streams end with `stop`: they would keep the port open for ever.
-pub(crate) fn router(
+/// A stream that tells its receiver to go elsewhere when the server stops.
+fn until_stop<T: Send + 'static>(
+    stop: &CancellationToken,
+    stream: impl Stream<Item = Result<T, Status>> + Send + 'static,
+) -> Response<ReplyStream<T>> {
+    let begin = Some((Box::pin(stream), stop.clone()));
+    let until_stop = futures::stream::unfold(begin, |state| async move {
+        let (mut stream, stop) = state?;
+        tokio::select! {
+            item = stream.next() => item.map(|item| (item, Some((stream, stop)))),
+            () = stop.cancelled() => Some((Err(Status::unavailable("the server is stopping")), None)),
+        }
+    });
+    Response::new(Box::pin(until_stop))
+}
+
+/// The platform's own services. Streams end with `stop`: they would keep the port open for ever.
+pub(crate) fn services(
     cluster: &Arc<Cluster>,
     election: &Arc<Election>,
     tls: &TlsSettings,
     stop: CancellationToken,
-) -> anyhow::Result<Routes> {
+) -> RoutesBuilder {
     let context = Shared {
         cluster: cluster.clone(),
         election: election.clone(),
@@ -81,7 +94,29 @@ pub(crate) fn router(
     let bound = hv_proto::MAX_MESSAGE_BYTES;
     let cluster_service = ClusterServiceServer::new(cluster::Service(context.clone()));
     let compute_service = ComputeServiceServer::new(compute::Service(context.clone()));
-    let assignment_service = AssignmentServiceServer::new(assignments::Service(context));
+    let assignment_service = AssignmentServiceServer::new(assignments::Service(context.clone()));
+    let operation_service = OperationServiceServer::new(operations::Service(context));
+    let mut routes = Routes::builder();
+    routes
+        .add_service(cluster_service.max_decoding_message_size(bound).max_encoding_message_size(bound))
+        .add_service(compute_service.max_decoding_message_size(bound).max_encoding_message_size(bound))
+        .add_service(assignment_service.max_decoding_message_size(bound).max_encoding_message_size(bound))
+        .add_service(operation_service.max_decoding_message_size(bound).max_encoding_message_size(bound));
+    routes
+}
+
+/// Every service, behind the request id.
+pub(crate) fn router(
+    cluster: &Arc<Cluster>,
+    election: &Arc<Election>,
+    tls: &TlsSettings,
+    limits: &Arc<Limits>,
+    spool_dir: &std::path::Path,
+    stop: CancellationToken,
+) -> anyhow::Result<Routes> {
+    let mut routes = services(cluster, election, tls, stop.clone());
+    let store_service =
+        StoreServiceServer::new(store::Service::new(cluster.clone(), spool_dir.to_owned(), stop));
     let (reporter, health) = tonic_health::server::health_reporter();
     // Serving starts with the port: until the cache is filled calls wait for it, and `/readyz` says so.
     drop(reporter);
@@ -90,16 +125,15 @@ pub(crate) fn router(
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .context("the descriptors cannot be served")?;
-    let mut routes = Routes::builder();
+    let bound = hv_proto::MAX_MESSAGE_BYTES;
     routes
-        .add_service(cluster_service.max_decoding_message_size(bound).max_encoding_message_size(bound))
-        .add_service(compute_service.max_decoding_message_size(bound).max_encoding_message_size(bound))
-        .add_service(assignment_service.max_decoding_message_size(bound).max_encoding_message_size(bound))
+        .add_service(store_service.max_decoding_message_size(bound).max_encoding_message_size(bound))
         .add_service(health)
         .add_service(reflection);
     let router = routes
         .routes()
         .into_axum_router()
+        .layer(axum::middleware::from_fn_with_state(limits.clone(), limits::enforce))
         .layer(axum::middleware::from_fn(hv_telemetry::request_id::propagate))
         .layer(axum::middleware::from_fn(refuse_http1));
     Ok(router.into())

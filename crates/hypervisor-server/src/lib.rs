@@ -4,6 +4,8 @@
 
 mod grpc;
 mod http;
+mod limits;
+mod methods;
 mod settings;
 mod store;
 
@@ -20,8 +22,8 @@ use tokio::net::TcpListener;
 use tracing::{info, warn};
 
 pub use settings::{
-    ClusterSettings, EtcdSettings, EventSettings, HeartbeatSettings, SchedulerSettings, ServerSettings,
-    Settings, TlsSettings,
+    ClusterSettings, EtcdSettings, EventSettings, HeartbeatSettings, LimitSettings, OperationSettings,
+    SchedulerSettings, ServerSettings, Settings, TlsSettings,
 };
 
 /// A server that serves.
@@ -68,13 +70,39 @@ pub async fn start(settings: Settings, shutdown: &Shutdown) -> anyhow::Result<Se
     let election = run_parts(&cluster, shutdown);
     run_upkeep(&cluster, &health, metrics.clone(), shutdown);
 
-    let routes = grpc::router(&cluster, &election, &settings.tls, shutdown.token())?;
+    let routes = grpc::router(
+        &cluster,
+        &election,
+        &settings.tls,
+        &limits::Limits::new(&settings.limits),
+        &settings.server.data_dir,
+        shutdown.token(),
+    )?;
     shutdown.spawn("grpc", grpc::serve(port, routes, grpc_listener, shutdown.token()));
     shutdown.spawn("http", http::serve(health.router(metrics), http_listener, shutdown.token()));
 
     let ready_file = settings.server.data_dir.join("server.json");
     write_ready_file(&ready_file, grpc_address, http_address)?;
     Ok(Server { grpc_address, http_address, store, ready_file })
+}
+
+/// Starts a server's parts over a store that is open, without ports, for simulations: whoever has the returned services
+/// carries the calls to them.
+///
+/// # Errors
+/// The store cannot be read.
+pub async fn start_portless(
+    store: hv_store::SharedStore,
+    config: ClusterConfig,
+    shutdown: &Shutdown,
+) -> anyhow::Result<(Arc<Cluster>, tonic::service::Routes)> {
+    let cluster = Cluster::open(store, config)
+        .await
+        .map_err(hv_cluster::Error::into_service)
+        .context("the cluster's record cannot be read")?;
+    let election = run_parts(&cluster, shutdown);
+    let routes = grpc::services(&cluster, &election, &TlsSettings::default(), shutdown.token()).routes();
+    Ok((cluster, routes))
 }
 
 async fn bind(address: &hv_config::ListenAddress, key: &str) -> anyhow::Result<TcpListener> {
@@ -92,7 +120,13 @@ fn cluster_config(settings: &Settings) -> anyhow::Result<ClusterConfig> {
         heartbeat_interval: settings.heartbeat.interval.get(),
         heartbeat_timeout: settings.heartbeat.timeout.get(),
         strategy: settings.scheduler.strategy.parse()?,
+        leader_ttl: settings.server.leader_ttl.get(),
+        preemption: settings.scheduler.preemption,
+        failover_grace: settings.heartbeat.failover_grace.get(),
         event_limit: settings.events.keep,
+        event_max_age: settings.events.max_age.get(),
+        operation_limit: settings.operations.keep,
+        operation_max_age: settings.operations.max_age.get(),
         ..ClusterConfig::default()
     })
 }

@@ -201,6 +201,14 @@ fn check(loaded: &Loaded<Settings>) -> anyhow::Result<()> {
     if settings.heartbeat.interval.get().as_millis() < 100 {
         return Err(loaded.refuse("heartbeat.interval", "must be at least 100ms").into());
     }
+    if settings.server.leader_ttl.get().as_secs() < 1 {
+        return Err(loaded.refuse("server.leader_ttl", "must be at least 1s").into());
+    }
+    if settings.limits.calls_at_once == 0 || settings.limits.node_calls_at_once == 0 {
+        return Err(loaded
+            .refuse("limits.calls_at_once", "must be at least 1, as limits.node_calls_at_once")
+            .into());
+    }
     if settings.tls.enabled && settings.tls.client_auth && settings.tls.ca_file.is_none() {
         return Err(loaded.refuse("tls.client_auth", "needs tls.ca_file").into());
     }

@@ -22,6 +22,10 @@ pub struct Settings {
     pub scheduler: SchedulerSettings,
     /// What is kept of events.
     pub events: EventSettings,
+    /// What is kept of operations that have ended.
+    pub operations: OperationSettings,
+    /// What callers may ask at once.
+    pub limits: LimitSettings,
     /// Transport security of the gRPC port.
     pub tls: TlsSettings,
     /// What is logged.
@@ -44,6 +48,8 @@ pub struct ServerSettings {
     pub id: Option<String>,
     /// How long running calls may take to end when the server stops.
     pub shutdown_timeout: HumanDuration,
+    /// How long the server that leads may be silent before another takes over.
+    pub leader_ttl: HumanDuration,
 }
 
 impl Default for ServerSettings {
@@ -54,6 +60,7 @@ impl Default for ServerSettings {
             data_dir: "/var/lib/hypervisor/server".into(),
             id: None,
             shutdown_timeout: HumanDuration::from_secs(10),
+            leader_ttl: HumanDuration::from_secs(5),
         }
     }
 }
@@ -120,11 +127,17 @@ pub struct HeartbeatSettings {
     pub interval: HumanDuration,
     /// How long a node lives without one.
     pub timeout: HumanDuration,
+    /// How long after that its instances may be started elsewhere.
+    pub failover_grace: HumanDuration,
 }
 
 impl Default for HeartbeatSettings {
     fn default() -> Self {
-        Self { interval: HumanDuration::from_secs(10), timeout: HumanDuration::from_secs(30) }
+        Self {
+            interval: HumanDuration::from_secs(10),
+            timeout: HumanDuration::from_secs(30),
+            failover_grace: HumanDuration::from_secs(10),
+        }
     }
 }
 
@@ -134,11 +147,13 @@ impl Default for HeartbeatSettings {
 pub struct SchedulerSettings {
     /// `spread` or `bin-pack`.
     pub strategy: String,
+    /// Whether an instance of higher priority that fits nowhere pushes out others.
+    pub preemption: bool,
 }
 
 impl Default for SchedulerSettings {
     fn default() -> Self {
-        Self { strategy: hv_scheduler::Strategy::default().to_string() }
+        Self { strategy: hv_scheduler::Strategy::default().to_string(), preemption: false }
     }
 }
 
@@ -148,11 +163,51 @@ impl Default for SchedulerSettings {
 pub struct EventSettings {
     /// How many.
     pub keep: usize,
+    /// How long.
+    pub max_age: HumanDuration,
 }
 
 impl Default for EventSettings {
     fn default() -> Self {
-        Self { keep: 10_000 }
+        Self { keep: 10_000, max_age: HumanDuration::from_secs(WEEK_SECONDS) }
+    }
+}
+
+/// What is kept of operations that have ended.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OperationSettings {
+    /// How many.
+    pub keep: usize,
+    /// How long.
+    pub max_age: HumanDuration,
+}
+
+impl Default for OperationSettings {
+    fn default() -> Self {
+        Self { keep: 10_000, max_age: HumanDuration::from_secs(WEEK_SECONDS) }
+    }
+}
+
+const WEEK_SECONDS: u64 = 7 * 24 * 3600;
+
+/// What callers may ask at once.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitSettings {
+    /// Calls of users that one address may begin each second; 0: no limit.
+    pub calls_per_second: u32,
+    /// Calls that an address which was quiet may begin at once; at least those of a second.
+    pub burst: u32,
+    /// Calls of users that are under way at once.
+    pub calls_at_once: usize,
+    /// Calls of nodes that are under way at once.
+    pub node_calls_at_once: usize,
+}
+
+impl Default for LimitSettings {
+    fn default() -> Self {
+        Self { calls_per_second: 10_000, burst: 20_000, calls_at_once: 4096, node_calls_at_once: 16_384 }
     }
 }
 

@@ -1,19 +1,21 @@
 //! The state: a fold over the store's changes, with the indexes that decisions need.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
+use std::time::SystemTime;
 
-use hv_proto::store::NodeLease;
-use hv_store::keys::Key;
-use hv_store::record::{Record, decode_message};
-use hv_store::{KeyValue, LeaseId, Result};
+use hv_proto::store::ClusterRecord;
+use hv_store::LeaseId;
 use hv_types::node::Schedulability;
 use hv_types::{
-    Event, InstanceId, InstanceRecord, InstanceState, NodeId, NodeRecord, NodeStatus, Resources, Revision,
-    Wanted,
+    ClusterId, Event, InstanceId, InstanceRecord, InstanceSpec, InstanceState, Metadata, NodeId, NodeRecord,
+    NodeStatus, OperationRecord, PlacementRules, Resources, Revision, Wanted,
 };
+use tokio::time::Instant;
 
-use super::feed::Delta;
+use super::index::Index;
+use super::intern::Interner;
+use super::tally::{Counts, Tally};
 
 /// A node with what follows from other records.
 #[derive(Clone, Debug, Default)]
@@ -22,10 +24,29 @@ pub struct NodeEntry {
     pub record: Option<Arc<NodeRecord>>,
     /// The lease that keeps it alive.
     pub lease: Option<LeaseId>,
+    /// How long that lives from each renewal, in milliseconds; 0 where it is not known.
+    pub lease_ttl_ms: u64,
     /// The instances bound to it.
     pub instances: BTreeSet<InstanceId>,
     /// What they were promised together.
     pub allocated: Resources,
+    /// Since when its lease is gone, if it has a record and no lease.
+    pub lost: Option<Lost>,
+}
+
+/// When this cache saw that a node's lease is gone. It may have ended before, while the cache was not there to see.
+#[derive(Clone, Copy, Debug)]
+pub struct Lost {
+    /// To count by.
+    pub at: Instant,
+    /// To show.
+    pub wall: SystemTime,
+}
+
+impl Lost {
+    pub(super) fn now() -> Self {
+        Self { at: Instant::now(), wall: SystemTime::now() }
+    }
 }
 
 impl NodeEntry {
@@ -49,11 +70,11 @@ impl NodeEntry {
         }
     }
 
-    fn seen(&self) -> Option<(Arc<NodeRecord>, bool)> {
+    pub(super) fn seen(&self) -> Option<(Arc<NodeRecord>, bool)> {
         self.record.clone().map(|record| (record, self.is_live()))
     }
 
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.record.is_none() && self.lease.is_none() && self.instances.is_empty()
     }
 }
@@ -62,12 +83,22 @@ impl NodeEntry {
 #[derive(Default)]
 pub struct State {
     pub(super) revision: Revision,
-    nodes: BTreeMap<NodeId, NodeEntry>,
-    instances: BTreeMap<InstanceId, Arc<InstanceRecord>>,
-    names: HashMap<(String, String), InstanceId>,
-    unbound: BTreeSet<InstanceId>,
-    events: BTreeMap<String, Arc<Event>>,
-    unreadable: BTreeSet<String>,
+    pub(super) nodes: BTreeMap<NodeId, NodeEntry>,
+    pub(super) instances: BTreeMap<InstanceId, Arc<InstanceRecord>>,
+    pub(super) index: Index,
+    pub(super) tally: Tally,
+    pub(super) specs: Interner<InstanceSpec>,
+    pub(super) metadata: Interner<Metadata>,
+    pub(super) placements: Interner<PlacementRules>,
+    pub(super) unbound: BTreeSet<InstanceId>,
+    pub(super) events: BTreeMap<String, Arc<Event>>,
+    /// The events of each record, by their ids.
+    pub(super) event_records: BTreeMap<String, Vec<String>>,
+    pub(super) operations: BTreeMap<String, Arc<OperationRecord>>,
+    pub(super) sets: HashSet<(String, String)>,
+    pub(super) cluster: Option<(ClusterRecord, Revision)>,
+    pub(super) cluster_id: Option<ClusterId>,
+    pub(super) unreadable: BTreeSet<String>,
 }
 
 impl State {
@@ -93,7 +124,7 @@ impl State {
     pub fn instances_after<'a>(
         &'a self,
         after: Option<&InstanceId>,
-    ) -> impl Iterator<Item = &'a Arc<InstanceRecord>> {
+    ) -> impl Iterator<Item = &'a Arc<InstanceRecord>> + use<'a> {
         use std::ops::Bound;
         let start = after.cloned().map_or(Bound::Unbounded, Bound::Excluded);
         self.instances.range((start, Bound::Unbounded)).map(|(_, record)| record)
@@ -102,7 +133,7 @@ impl State {
     /// The instance of that name.
     #[must_use]
     pub fn instance_named(&self, project: &str, name: &str) -> Option<&InstanceId> {
-        self.names.get(&(project.to_owned(), name.to_owned()))
+        self.index.names.get(project, name)
     }
 
     /// Instances that wait for a node.
@@ -134,6 +165,63 @@ impl State {
         self.events.range((Bound::Unbounded, end)).rev().map(|(_, event)| event)
     }
 
+    /// Operations, newest first.
+    pub fn operations_before<'a>(
+        &'a self,
+        before: Option<&str>,
+    ) -> impl Iterator<Item = &'a Arc<OperationRecord>> {
+        use std::ops::Bound;
+        let end = before.map_or(Bound::Unbounded, |id| Bound::Excluded(id.to_owned()));
+        self.operations.range((Bound::Unbounded, end)).rev().map(|(_, operation)| operation)
+    }
+
+    /// One operation.
+    #[must_use]
+    pub fn operation(&self, id: &str) -> Option<&Arc<OperationRecord>> {
+        self.operations.get(id)
+    }
+
+    /// Whether the names `{name}-1`, … belong to a set.
+    #[must_use]
+    pub fn has_set(&self, project: &str, name: &str) -> bool {
+        self.sets.contains(&(project.to_owned(), name.to_owned()))
+    }
+
+    /// The members that a set has now.
+    pub fn members_of_set<'a>(&'a self, project: &str, set: &str) -> impl Iterator<Item = &'a Arc<InstanceRecord>> {
+        let ids = self.index.members(project, set);
+        ids.into_iter().flatten().filter_map(|id| self.instances.get(id))
+    }
+
+    /// When this cache saw that a node's lease is gone; `None` while it has one, and for a node without a record.
+    #[must_use]
+    pub fn lost_since(&self, node: &NodeId) -> Option<Lost> {
+        self.node(node).and_then(|entry| entry.lost)
+    }
+
+    /// What the fleet comes to; it costs nothing to ask.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.tally.counts(self.unbound.len())
+    }
+
+    /// All sets: project and name.
+    pub fn sets(&self) -> impl Iterator<Item = &(String, String)> {
+        self.sets.iter()
+    }
+
+    /// The cluster's identity; it changes where its records are restored from a backup.
+    #[must_use]
+    pub fn cluster_id(&self) -> Option<&ClusterId> {
+        self.cluster_id.as_ref()
+    }
+
+    /// The cluster's own record, and when it was last written.
+    #[must_use]
+    pub fn cluster(&self) -> Option<&(ClusterRecord, Revision)> {
+        self.cluster.as_ref()
+    }
+
     /// How many events are kept.
     #[must_use]
     pub fn event_count(&self) -> usize {
@@ -143,184 +231,56 @@ impl State {
     /// An instance as users see it: where its node does not answer, the state is not known.
     #[must_use]
     pub fn view(&self, record: &Arc<InstanceRecord>) -> Arc<InstanceRecord> {
-        let lost = record.node_id().filter(|id| !self.nodes.get(*id).is_some_and(NodeEntry::is_live));
-        let Some(node) = lost else { return record.clone() };
-        let hostname =
-            self.nodes.get(node).and_then(|entry| entry.record.as_ref()).map_or("", |r| &r.hostname);
-        let mut shown = InstanceRecord::clone(record);
-        shown.state_reason = format!(
-            "node {hostname} ({node}) does not answer; last seen {}: {}",
-            record.state, record.state_reason
-        );
-        shown.state =
-            if record.wanted == Wanted::Deleted { InstanceState::Deleting } else { InstanceState::Unknown };
-        Arc::new(shown)
+        Candidate { record: record.clone(), lost: self.lost_node(record) }.shown()
     }
 
-    /// Takes a written record over.
-    pub(super) fn put(&mut self, key: &Key<'_>, kv: &KeyValue) -> Result<Vec<Delta>> {
-        Ok(match key {
-            Key::Instance(_) => vec![self.put_instance(InstanceRecord::decode(kv)?)],
-            Key::Node(_) => vec![self.put_node(NodeRecord::decode(kv)?)],
-            Key::NodeLease(id) => {
-                let lease: NodeLease = decode_message(kv)?;
-                self.set_lease(id, Some(LeaseId(lease.lease_id)))
-            }
-            Key::Event(_) => {
-                let event = Arc::new(Event::decode(kv)?);
-                self.events.insert(event.id.clone(), event.clone());
-                vec![Delta::Event(event)]
-            }
-            Key::Other => Vec::new(),
-        })
+    /// The state that users see.
+    #[must_use]
+    pub fn shown_state(&self, record: &InstanceRecord) -> InstanceState {
+        let live = |id| self.nodes.get(id).is_some_and(NodeEntry::is_live);
+        if record.node_id().is_none_or(live) { record.state } else { state_when_lost(record) }
     }
 
-    /// Remembers that the value of `key` cannot be read.
-    pub(super) fn note_unreadable(&mut self, key: &Key<'_>) {
-        if let Key::Instance(id) = key {
-            self.unreadable.insert((*id).to_owned());
+    /// The node of an instance, if it does not answer.
+    pub(super) fn lost_node(&self, record: &InstanceRecord) -> Option<LostNode> {
+        let entry = self.nodes.get(record.node_id()?);
+        match entry {
+            Some(entry) if entry.is_live() => None,
+            Some(entry) => Some(LostNode(entry.record.clone())),
+            None => Some(LostNode(None)),
         }
-    }
-
-    /// Takes a deletion over.
-    pub(super) fn delete(&mut self, key: &Key<'_>) -> Vec<Delta> {
-        match key {
-            Key::Instance(id) => {
-                self.unreadable.remove(*id);
-                self.delete_instance(id).into_iter().collect()
-            }
-            Key::Node(id) => self.delete_node(id).into_iter().collect(),
-            Key::NodeLease(id) => self.set_lease(id, None),
-            Key::Event(id) => {
-                self.events.remove(*id);
-                Vec::new()
-            }
-            Key::Other => Vec::new(),
-        }
-    }
-
-    fn put_instance(&mut self, record: InstanceRecord) -> Delta {
-        let record = Arc::new(record);
-        let id = record.id.clone();
-        self.unreadable.remove(id.as_str());
-        let before = self.instances.insert(id.clone(), record.clone());
-        if let Some(old) = &before {
-            self.unlink(old);
-        }
-        self.names.insert((record.project.clone(), record.name.clone()), id.clone());
-        match record.node_id() {
-            Some(node) => {
-                let entry = self.nodes.entry(node.clone()).or_default();
-                entry.instances.insert(id.clone());
-                entry.allocated = entry.allocated.plus(record.resources());
-            }
-            None => {
-                self.unbound.insert(id.clone());
-            }
-        }
-        Delta::Instance { id, before, after: Some(record) }
-    }
-
-    fn unlink(&mut self, record: &InstanceRecord) {
-        self.unbound.remove(&record.id);
-        let name = (record.project.clone(), record.name.clone());
-        if self.names.get(&name) == Some(&record.id) {
-            self.names.remove(&name);
-        }
-        if let Some(entry) = record.node_id().and_then(|node| self.nodes.get_mut(node)) {
-            entry.instances.remove(&record.id);
-            entry.allocated = entry.allocated.minus(record.resources());
-        }
-        self.drop_if_empty(record.node_id());
-    }
-
-    fn drop_if_empty(&mut self, node: Option<&NodeId>) {
-        if let Some(node) = node
-            && self.nodes.get(node).is_some_and(NodeEntry::is_empty)
-        {
-            self.nodes.remove(node);
-        }
-    }
-
-    fn delete_instance(&mut self, id: &str) -> Option<Delta> {
-        let before = self.instances.remove(id)?;
-        self.unlink(&before);
-        Some(Delta::Instance { id: before.id.clone(), before: Some(before), after: None })
-    }
-
-    fn put_node(&mut self, record: NodeRecord) -> Delta {
-        let id = record.id.clone();
-        let entry = self.nodes.entry(id.clone()).or_default();
-        let before = entry.seen();
-        entry.record = Some(Arc::new(record));
-        Delta::Node { id, before, after: entry.seen() }
-    }
-
-    fn delete_node(&mut self, id: &str) -> Option<Delta> {
-        let entry = self.nodes.get_mut(id)?;
-        let before = entry.seen();
-        let record = entry.record.take()?;
-        let id = record.id.clone();
-        self.drop_if_empty(Some(&id));
-        Some(Delta::Node { id, before, after: None })
-    }
-
-    /// A node that comes or goes changes how its instances look, so these count as changed too.
-    fn set_lease(&mut self, id: &str, lease: Option<LeaseId>) -> Vec<Delta> {
-        let Ok(id) = id.parse::<NodeId>() else { return Vec::new() };
-        let entry = self.nodes.entry(id.clone()).or_default();
-        let (before, was_live) = (entry.seen(), entry.is_live());
-        entry.lease = lease;
-        let (after, is_live) = (entry.seen(), entry.is_live());
-        if was_live == is_live {
-            return Vec::new();
-        }
-        let mut deltas = vec![Delta::Node { id: id.clone(), before, after }];
-        deltas.extend(self.instances_on(&id).map(looks_different));
-        self.drop_if_empty(Some(&id));
-        deltas
-    }
-
-    /// What turns `self` into `next`.
-    pub(super) fn differences(&self, next: &Self) -> Vec<Delta> {
-        let mut deltas = Vec::new();
-        for (id, before) in &self.instances {
-            let after = next.instances.get(id);
-            if after.is_none_or(|after| after.revision != before.revision) {
-                deltas.push(Delta::Instance {
-                    id: id.clone(),
-                    before: Some(before.clone()),
-                    after: after.cloned(),
-                });
-            }
-        }
-        for (id, after) in &next.instances {
-            if !self.instances.contains_key(id) {
-                deltas.push(Delta::Instance { id: id.clone(), before: None, after: Some(after.clone()) });
-            }
-        }
-        let new_events = next.events.iter().filter(|(id, _)| !self.events.contains_key(*id));
-        deltas.extend(new_events.map(|(_, event)| Delta::Event(event.clone())));
-        let ids: BTreeSet<_> = self.nodes.keys().chain(next.nodes.keys()).collect();
-        for id in ids {
-            let (before, after) =
-                (self.nodes.get(id).and_then(NodeEntry::seen), next.nodes.get(id).and_then(NodeEntry::seen));
-            let key =
-                |seen: &Option<(Arc<NodeRecord>, bool)>| seen.as_ref().map(|(r, live)| (r.revision, *live));
-            if key(&before) == key(&after) {
-                continue;
-            }
-            let turned = before.as_ref().is_some_and(|b| b.1) != after.as_ref().is_some_and(|a| a.1);
-            deltas.push(Delta::Node { id: id.clone(), before, after });
-            if turned {
-                deltas.extend(next.instances_on(id).map(looks_different));
-            }
-        }
-        deltas
     }
 }
 
-/// The record is the same, but what users see of it is not.
-fn looks_different(record: &Arc<InstanceRecord>) -> Delta {
-    Delta::Instance { id: record.id.clone(), before: Some(record.clone()), after: Some(record.clone()) }
+/// A node that does not answer, with its record if it has one.
+#[derive(Clone, Debug)]
+pub struct LostNode(Option<Arc<NodeRecord>>);
+
+/// An instance with what else decides how users see it. To take one costs little; to look at it is for later, when the
+/// state is not held any more.
+#[derive(Clone, Debug)]
+pub struct Candidate {
+    pub(crate) record: Arc<InstanceRecord>,
+    pub(super) lost: Option<LostNode>,
+}
+
+impl Candidate {
+    /// The instance as users see it.
+    #[must_use]
+    pub fn shown(self) -> Arc<InstanceRecord> {
+        let Self { record, lost: Some(LostNode(node)) } = self else { return self.record };
+        let hostname = node.as_ref().map_or("", |node| &node.hostname);
+        let id = record.node_id().map_or("", NodeId::as_str);
+        let mut shown = InstanceRecord::clone(&record);
+        shown.state_reason = format!(
+            "node {hostname} ({id}) does not answer; last seen {}: {}",
+            record.state, record.state_reason
+        );
+        shown.state = state_when_lost(&record);
+        Arc::new(shown)
+    }
+}
+
+fn state_when_lost(record: &InstanceRecord) -> InstanceState {
+    if record.wanted == Wanted::Deleted { InstanceState::Deleting } else { InstanceState::Unknown }
 }

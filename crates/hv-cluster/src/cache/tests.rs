@@ -38,7 +38,7 @@ impl World {
     }
 
     fn lease_of(&self, node: &NodeId) -> Op {
-        let sign = NodeLease { schema: convert::RECORD_SCHEMA, lease_id: 7 };
+        let sign = NodeLease { schema: convert::RECORD_SCHEMA, lease_id: 7, ttl_ms: 0 };
         Op::put(self.keys.node_lease(node), encode_message(&sign))
     }
 }
@@ -93,7 +93,7 @@ async fn random_change(world: &World, rng: &mut StdRng, instances: &[InstanceRec
         5 => Op::put("/elsewhere", "x"),
         _ => {
             record.binding = rng.random_bool(0.7).then_some(Binding { node_id, release: false });
-            record.spec.cpu_cores = rng.random_range(1..9);
+            Arc::make_mut(&mut record.spec).cpu_cores = rng.random_range(1..9);
             Op::put(world.keys.instance(&record.id), record.encode())
         }
     };
@@ -193,6 +193,7 @@ async fn what_was_missed_and_compacted_is_published_as_differences() {
                 (id.to_string(), before.as_ref().unwrap().1, after.as_ref().unwrap().1)
             }
             Delta::Event(event) => panic!("{event:?}"),
+            Delta::Operation { id, .. } => panic!("{id}"),
         })
         .collect();
     seen.sort();

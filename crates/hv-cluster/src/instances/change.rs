@@ -103,11 +103,11 @@ impl Cluster {
                 );
                 return Err(ServiceError::new(ErrorCode::Conflict, message).into());
             }
-            if record.metadata == metadata {
+            if *record.metadata == metadata {
                 let shown = self.cache.read(|state| state.view(&record));
                 return Ok(Plan::unchanged(convert::instance_to(&shown)));
             }
-            let after = InstanceRecord { metadata: metadata.clone(), ..InstanceRecord::clone(&record) };
+            let after = InstanceRecord { metadata: Arc::new(metadata.clone()), ..InstanceRecord::clone(&record) };
             super::check_size_in_store(&after)?;
             let (compare, put) = self.replace_instance(&record, &after);
             let after = Arc::new(InstanceRecord { revision: Revision::default(), ..after });

@@ -1,127 +1,144 @@
-//! A new instance: recorded with its name and request key in one transaction.
+//! New instances, one or a set of them: checked here, recorded and bound by the placer.
 
-use bytes::Bytes;
-use hv_proto::{convert, v1};
-use hv_store::record::Record;
-use hv_store::{Compare, Op};
-use hv_telemetry::crash::{self, Point};
-use hv_types::resources::MIB;
-use hv_types::{ErrorCode, InstanceRecord, Invalid, ServiceError};
+use std::sync::Arc;
 
-use crate::Cluster;
-use crate::cache::State;
-use crate::error::Result;
-use crate::events::About;
-use crate::requests::{Done, Mutation, Plan};
+use hv_proto::v1;
+use hv_types::{InstanceId, InstanceRecord, Invalid};
+
+use crate::error::{Error, Result};
+use crate::placer::{Fate, Flight, Reply, name_taken, stopping};
+use crate::requests::{Done, Mutation};
+use crate::{Cluster, TXN_BYTES};
+
+/// Most instances of one set.
+pub const MAX_SET: usize = 100;
+/// Longest name of a set, in bytes: its members' names are that and up to four more.
+pub const MAX_SET_NAME_BYTES: usize = 59;
+/// What a binding adds to a record, at most, in bytes: a node's id, its host name, numbers.
+const BINDING_BYTES: usize = 512;
+/// How often a create is tried where no placer runs.
+const ATTEMPTS: usize = 16;
 
 impl Cluster {
-    /// Records an instance that was asked for; it waits for a node.
+    /// Records an instance that was asked for, bound to a node where this server leads and one can take it.
     ///
     /// # Errors
     /// The name is taken, or no node could ever take it: an unknown image, more than any node has.
     pub async fn create_instance(
-        &self,
+        self: &Arc<Self>,
         mutation: &Mutation,
         record: InstanceRecord,
     ) -> Result<Done<v1::Instance>> {
-        let name_key = self.keys.instance_name(&record.project, &record.name);
-        let key = self.keys.instance(&record.id);
-        super::check_size_in_store(&record)?;
-        crash::reach(Point::ServerCreateBeforeTxn);
-        let done = self
-            .mutate(mutation, &format!("instance {}", record.name), || {
-                self.cache.read(|state| check(state, &record))?;
-                Ok(Plan {
-                    compares: vec![Compare::Absent(name_key.clone()), Compare::Absent(key.clone())],
-                    then: vec![
-                        Op::put(key.clone(), record.encode()),
-                        Op::put(name_key.clone(), Bytes::from(record.id.to_string())),
-                    ],
-                    reply: convert::instance_to(&record),
-                })
-            })
-            .await?;
-        crash::reach(Point::ServerCreateAfterTxn);
-        if done.fresh {
-            self.events.record(About::Instance(&record), "Created", "asked for; waits for a node", "user");
+        let bytes = super::check_size_in_store(&record)?;
+        let done = self.create(mutation, vec![record], false, 2 * (bytes + BINDING_BYTES)).await?;
+        match done.reply {
+            Reply::One(instance) => Ok(Done { reply: *instance, revision: done.revision, fresh: done.fresh }),
+            Reply::Set(_) => Err(Error::internal("the answer is to another call")),
         }
-        Ok(done)
     }
-}
 
-/// What no change of the cluster short of new nodes could make possible is refused at once.
-fn check(state: &State, record: &InstanceRecord) -> Result<()> {
-    if let Some(holder) = state.instance_named(&record.project, &record.name) {
-        let message = format!(
-            "name {} is taken by instance {holder} in project {}; choose another name or delete that instance",
-            record.name, record.project
-        );
-        return Err(ServiceError::new(ErrorCode::AlreadyExists, message).into());
+    /// Records `count` instances like `template`, named after it: all of them or none. As far as nodes can take them and
+    /// this server leads, they are bound at once.
+    ///
+    /// # Errors
+    /// One of the names, or the name of the set, is taken; or no node could ever take one of them.
+    pub async fn create_instances(
+        self: &Arc<Self>,
+        mutation: &Mutation,
+        template: InstanceRecord,
+        count: usize,
+    ) -> Result<Done<v1::CreateInstancesResponse>> {
+        if count == 0 || count > MAX_SET {
+            return Err(Invalid::new("count", count, format!("must be between 1 and {MAX_SET}")).into());
+        }
+        if template.name.len() > MAX_SET_NAME_BYTES {
+            let expected = format!("must have at most {MAX_SET_NAME_BYTES} characters where it names a set");
+            return Err(Invalid::new("template.name", &template.name, expected).into());
+        }
+        let bytes = (super::check_size_in_store(&template)? + BINDING_BYTES) * count;
+        if bytes > TXN_BYTES {
+            let expected =
+                format!("instances of this size must together take at most {TXN_BYTES} bytes; ask for fewer");
+            return Err(Invalid::new("count", count, expected).into());
+        }
+        let member = |number: usize| InstanceRecord {
+            id: InstanceId::generate(),
+            name: format!("{}-{number}", template.name),
+            set: template.name.clone(),
+            ..template.clone()
+        };
+        let members = (1..=count).map(member).collect();
+        let done = self.create(mutation, members, true, bytes).await?;
+        match done.reply {
+            Reply::Set(reply) => Ok(Done { reply, revision: done.revision, fresh: done.fresh }),
+            Reply::One(_) => Err(Error::internal("the answer is to another call")),
+        }
     }
-    if let Some(node) = &record.placement.preferred_node
-        && state.node(node).is_none()
-    {
-        let expected = "must be the id of a node; see `hypervisor-ctl node list`";
-        return Err(Invalid::new("preferred_node_id", node, expected).into());
-    }
-    let able: Vec<_> = state.nodes().filter(|(node, _)| node.runs(record.instance_type)).collect();
-    if able.is_empty() {
-        return Ok(());
-    }
-    check_image(&able, record)?;
-    check_size(&able, record)
-}
 
-type Able<'a> = [(&'a std::sync::Arc<hv_types::NodeRecord>, &'a crate::cache::NodeEntry)];
+    async fn create(
+        self: &Arc<Self>,
+        mutation: &Mutation,
+        records: Vec<InstanceRecord>,
+        is_set: bool,
+        bytes: usize,
+    ) -> Result<Done<Reply>> {
+        if let Some(first) = records.first() {
+            let checked = match self.check_name(first, is_set).await {
+                Ok(()) => self.check_placeable(first).await,
+                refused => refused,
+            };
+            if let Err(refusal) = checked {
+                // What stands in the way may be what this very request has done before.
+                return self.create_recorded(mutation, is_set).await?.ok_or(refusal);
+            }
+        }
+        let (wish, answered) = self.creates.admit(mutation, records, is_set, bytes)?;
+        match self.creates.submit(wish)? {
+            None => answered.await.unwrap_or_else(|_| Err(stopping())),
+            Some(wish) => self.create_alone(wish).await,
+        }
+    }
 
-fn check_image(able: &Able<'_>, record: &InstanceRecord) -> Result<()> {
-    /// How many images a refusal names.
-    const NAMED: usize = 10;
-    let image = &record.spec.image;
-    if able.iter().any(|(node, _)| node.has_image(record.instance_type, image)) {
-        return Ok(());
+    /// Refuses a name that is taken, where that is known without asking the store; the transaction makes certain.
+    async fn check_name(&self, record: &InstanceRecord, is_set: bool) -> Result<()> {
+        let holder = || self.cache.read(|state| state.instance_named(&record.project, &record.name).cloned());
+        if is_set || holder().is_none() {
+            return Ok(());
+        }
+        // It may be free by now.
+        self.sync().await?;
+        match holder() {
+            Some(holder) => Err(name_taken(record, holder.as_str())),
+            None => Ok(()),
+        }
     }
-    let known: std::collections::BTreeSet<_> = able
-        .iter()
-        .flat_map(|(node, _)| &node.images)
-        .filter(|known| known.instance_type == record.instance_type)
-        .map(|known| known.name.as_str())
-        .collect();
-    let listed: Vec<_> = known.into_iter().take(NAMED).collect();
-    let expected = if listed.is_empty() {
-        "must be an image that a node has, and none has any: put one into a node's image directory".to_owned()
-    } else {
-        format!("must be an image that a node has ({}); see `hypervisor-ctl image list`", listed.join(", "))
-    };
-    Err(Invalid::new("spec.image", image, expected).into())
-}
 
-fn check_size(able: &Able<'_>, record: &InstanceRecord) -> Result<()> {
-    let need = record.resources();
-    if able.iter().any(|(node, _)| need.fits_in(node.allocatable)) {
-        return Ok(());
+    async fn create_recorded(&self, mutation: &Mutation, is_set: bool) -> Result<Option<Done<Reply>>> {
+        Ok(if is_set {
+            let done = self.recorded::<v1::CreateInstancesResponse>(mutation).await?;
+            done.map(|done| Done { reply: Reply::Set(done.reply), revision: done.revision, fresh: false })
+        } else {
+            let done = self.recorded::<v1::Instance>(mutation).await?;
+            done.map(|done| Done {
+                reply: Reply::One(Box::new(done.reply)),
+                revision: done.revision,
+                fresh: false,
+            })
+        })
     }
-    let most = |part: fn(&hv_types::Resources) -> u64| {
-        able.iter().map(|(n, _)| part(&n.allocatable)).max().unwrap_or(0)
-    };
-    let cores = most(|r| u64::from(r.cpu_cores));
-    if u64::from(need.cpu_cores) > cores {
-        let expected = format!("must be at most {cores}, the most that any node has");
-        return Err(Invalid::new("spec.cpu_cores", need.cpu_cores, expected).into());
+
+    /// Where no placer runs: one call in a transaction of its own, bound to nothing.
+    async fn create_alone(self: &Arc<Self>, mut wish: crate::placer::Wish) -> Result<Done<Reply>> {
+        let name = wish.records.first().map_or(String::new(), |record| record.name.clone());
+        for _ in 0..ATTEMPTS {
+            let flight = Flight { wishes: vec![wish], guard: None, nodes: std::collections::HashMap::new() };
+            let mut landed = self.clone().fly(flight).await;
+            match landed.wishes.pop() {
+                Some((_, Fate::Answered(answer))) => return answer,
+                Some((again, Fate::Again)) => wish = again,
+                None => return Err(Error::internal("a create was lost")),
+            }
+        }
+        Err(Error::conflict(format!("instance {name}")))
     }
-    let memory = most(|r| r.memory_bytes);
-    if need.memory_bytes > memory {
-        let expected = format!("must be at most {memory} ({} MiB), the most that any node has", memory / MIB);
-        return Err(Invalid::new("spec.memory_bytes", need.memory_bytes, expected).into());
-    }
-    let disk = most(|r| r.disk_bytes);
-    if need.disk_bytes > disk {
-        let expected = format!(
-            "must together have at most {disk} bytes ({} MiB), the most that any node has",
-            disk / MIB
-        );
-        return Err(Invalid::new("spec.disks", need.disk_bytes, expected).into());
-    }
-    let expected = "and its memory and disks must fit on one node; no node has that much of all together";
-    Err(Invalid::new("spec.cpu_cores", need.cpu_cores, expected).into())
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use hv_types::{InstanceRecord, InstanceState, InstanceType, NodeId, Selector};
 
-use crate::cache::{Delta, State};
+use crate::cache::{Batch, Delta};
 
 /// All must hold; `None` and empty accept any.
 #[derive(Clone, Debug, Default)]
@@ -38,8 +38,14 @@ impl Filter {
     /// Whether an instance, as users see it, is meant.
     #[must_use]
     pub fn matches(&self, record: &InstanceRecord) -> bool {
+        self.matches_as(record, record.state)
+    }
+
+    /// Whether an instance is meant that users see in state `shown`.
+    #[must_use]
+    pub fn matches_as(&self, record: &InstanceRecord, shown: InstanceState) -> bool {
         self.instance_type.is_none_or(|wanted| wanted == record.instance_type)
-            && self.state.is_none_or(|wanted| wanted == record.state)
+            && self.state.is_none_or(|wanted| wanted == shown)
             && self.node.as_ref().is_none_or(|wanted| record.node_id() == Some(wanted))
             && (self.project.is_empty() || self.project == record.project)
             && (self.reference.is_empty()
@@ -48,15 +54,15 @@ impl Filter {
             && self.selector.matches(&record.metadata.labels)
     }
 
-    /// What a change means with this filter; `None` if nothing.
+    /// What the change at `at` means with this filter; `None` if nothing. The state of what was before is not looked at as
+    /// users saw it, so a watch does not filter by state.
     #[must_use]
-    pub fn see(&self, state: &State, delta: &Delta) -> Option<Seen> {
-        let Delta::Instance { before, after, .. } = delta else { return None };
+    pub fn see(&self, batch: &Batch, at: usize) -> Option<Seen> {
+        let Delta::Instance { before, .. } = batch.deltas.get(at)? else { return None };
         let knew = before.as_ref().filter(|record| self.matches(record));
-        let after = after.as_ref().map(|record| state.view(record));
-        match (knew, after.filter(|record| self.matches(record))) {
-            (None, Some(record)) => Some(Seen::Added(record)),
-            (Some(_), Some(record)) => Some(Seen::Modified(record)),
+        match (knew, batch.shown(at).filter(|record| self.matches(record))) {
+            (None, Some(record)) => Some(Seen::Added(record.clone())),
+            (Some(_), Some(record)) => Some(Seen::Modified(record.clone())),
             (Some(record), None) => Some(Seen::Deleted(record.clone())),
             (None, None) => None,
         }

@@ -148,7 +148,8 @@ async fn what_is_on_a_dead_node_goes_by_force_only() {
 }
 
 async fn drain(server: &Server, id: &NodeId, wanted: Schedulability) {
-    server.cluster.set_schedulability(id, Some(wanted), false, &[]).await.unwrap();
+    let once = Mutation::once("drain");
+    server.cluster.update_node_status(&once, id, Some(wanted), &[]).await.unwrap();
 }
 
 async fn told_to_leave(server: &Server, id: &InstanceId) -> bool {
@@ -162,15 +163,18 @@ async fn a_drain_moves_what_it_can_and_names_what_stays() {
     server.add_node(node("n1", 10)).await;
     let (movable, n1) = server.running(asked("movable")).await;
     let mut pinned = asked("pinned");
-    pinned.placement.preferred_node = Some(n1.clone());
+    std::sync::Arc::make_mut(&mut pinned.placement).preferred_node = Some(n1.clone());
     let (pinned, _) = server.running(pinned).await;
     let mut disks = asked("disks");
-    disks.spec.disks =
+    std::sync::Arc::make_mut(&mut disks.spec).disks =
         vec![hv_types::DiskSpec { name: "data".into(), size_bytes: 1, ..hv_types::DiskSpec::default() }];
     let (disks, _) = server.running(disks).await;
 
     drain(&server, &n1, Schedulability::Draining).await;
-    let (moving, blockers) = server.cluster.drain_outlook(&n1);
+    let (moving, blockers) = server.cluster.cache().read(|state| {
+        let node = state.node(&n1).unwrap().record.clone().unwrap();
+        hv_cluster::nodes::outlook(state, &node)
+    });
     assert_eq!(moving, std::slice::from_ref(&movable));
     let reasons: BTreeMap<_, _> = blockers.iter().map(|b| (b.id.clone(), b.reason.as_str())).collect();
     assert!(reasons[&pinned].contains("may only run on this node"));

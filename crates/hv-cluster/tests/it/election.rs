@@ -54,3 +54,16 @@ async fn the_same_holds_on_etcd() {
         exactly_one_leads_and_the_other_takes_over(&store, true).await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_whose_renewals_hang_steps_down_before_its_lease_can_have_ended() {
+    let disk = disk();
+    let mute = crate::world::Mute::over(&disk.store);
+    let store: SharedStore = mute.clone();
+    let server = Server::start(&store, config("a")).await;
+    until("a leader", async || server.leads().then_some(())).await;
+    mute.hang_leases.store(true, std::sync::atomic::Ordering::SeqCst);
+    let begin = tokio::time::Instant::now();
+    until("it to step down", async || (!server.leads()).then_some(())).await;
+    assert!(begin.elapsed() < server.cluster.config().leader_ttl, "{:?}", begin.elapsed());
+}

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use hv_cluster::ClusterConfig;
+use hv_cluster::Mutation;
 use hv_cluster::instances::{Filter, Seen};
-use hv_cluster::nodes::{Inventory, NodeFilter};
+use hv_cluster::nodes::{Inventory, NodeFilter, Sign};
 use hv_cluster::page::Page;
 use hv_proto::{convert, v1};
 use hv_types::{ClusterId, ErrorCode, InstanceState, NodeId, NodeStatus};
@@ -24,7 +25,7 @@ async fn a_node_lives_by_its_heartbeats_and_its_instances_look_lost_without() {
     let (instance, _) = server.running(asked("web")).await;
     let begin = tokio::time::Instant::now();
     while begin.elapsed() < Duration::from_secs(4) {
-        assert!(server.cluster.heartbeat(None, &id, None, None).await.unwrap());
+        assert!(server.cluster.heartbeat(None, &id, Sign::default()).await.unwrap().is_some());
         assert_eq!(status(&server, &id).await, NodeStatus::Ready, "it beats, and is taken for dead");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
@@ -38,7 +39,7 @@ async fn a_node_lives_by_its_heartbeats_and_its_instances_look_lost_without() {
     let filter = Filter::default();
     let told = until("a watcher to be told", async || {
         let batch = changes.next().await.unwrap().unwrap();
-        server.cluster.cache().read(|state| batch.deltas.iter().find_map(|delta| filter.see(state, delta)))
+        (0..batch.deltas.len()).find_map(|at| filter.see(&batch, at))
     })
     .await;
     assert!(matches!(told, Seen::Modified(record) if record.state == InstanceState::Unknown));
@@ -52,7 +53,10 @@ async fn a_node_lives_by_its_heartbeats_and_its_instances_look_lost_without() {
     })
     .await;
 
-    assert!(!server.cluster.heartbeat(None, &id, None, None).await.unwrap(), "it has to register again");
+    assert!(
+        !server.cluster.heartbeat(None, &id, Sign::default()).await.unwrap().is_some(),
+        "it has to register again"
+    );
     server.add_node(node("n1", 4)).await;
     assert_eq!(status(&server, &id).await, NodeStatus::Ready);
     assert_eq!(server.get(&instance).await.state, InstanceState::Running);
@@ -74,7 +78,7 @@ async fn an_id_is_not_shared_by_two_hosts_nor_a_node_by_two_clusters() {
     let same = || convert::node_from_registration(node("n1", 4)).unwrap();
     assert_eq!(code(server.cluster.register_node(Some(&other), same()).await), ErrorCode::FailedPrecondition);
     assert_eq!(
-        code(server.cluster.heartbeat(Some(&other), &id, None, None).await),
+        code(server.cluster.heartbeat(Some(&other), &id, Sign::default()).await),
         ErrorCode::FailedPrecondition
     );
     assert_eq!(
@@ -82,7 +86,7 @@ async fn an_id_is_not_shared_by_two_hosts_nor_a_node_by_two_clusters() {
         ErrorCode::FailedPrecondition
     );
     assert_eq!(dump(&disk.store).await, before);
-    server.cluster.register_node(Some(server.cluster.id()), same()).await.unwrap();
+    server.cluster.register_node(Some(&server.cluster.id()), same()).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -91,8 +95,7 @@ async fn a_registration_renews_what_the_agent_says_and_keeps_what_the_operator_s
     let server = Server::start(&disk.store, config("a")).await;
     let id = server.add_node(node("n1", 4)).await;
     let first = server.cluster.node(&id).await.unwrap().0;
-    let cordoned = Some(hv_types::node::Schedulability::Cordoned);
-    server.cluster.set_schedulability(&id, cordoned, false, &[]).await.unwrap();
+    server.cluster.cordon_node(&Mutation::once("cordon"), &id).await.unwrap();
     server.add_node(node("n1", 8)).await;
     let (again, view) = server.cluster.node(&id).await.unwrap();
     assert_eq!((again.allocatable.cpu_cores, view.status), (8, NodeStatus::Maintenance));
@@ -106,12 +109,12 @@ async fn a_heartbeat_writes_only_what_changed_and_through_any_server() {
     let other = Server::idle(&disk.store, config("b")).await;
     let id = server.add_node(node("n1", 4)).await;
     assert!(
-        other.cluster.heartbeat(None, &id, None, None).await.unwrap(),
+        other.cluster.heartbeat(None, &id, Sign::default()).await.unwrap().is_some(),
         "the other server has not heard of it"
     );
     let before = disk.store.revision().await.unwrap();
     let same = Inventory { conditions: Vec::new(), drivers: convert_drivers(), images: Vec::new() };
-    assert!(server.cluster.heartbeat(None, &id, Some(same.clone()), None).await.unwrap());
+    assert!(server.cluster.heartbeat(None, &id, with(same.clone())).await.unwrap().is_some());
     assert_eq!(disk.store.revision().await.unwrap(), before, "a heartbeat without news was written");
     let image = hv_types::ImageInfo {
         name: "tiny".into(),
@@ -120,13 +123,14 @@ async fn a_heartbeat_writes_only_what_changed_and_through_any_server() {
         created_at: std::time::UNIX_EPOCH,
     };
     let news = Inventory { images: vec![image.clone()], ..same.clone() };
-    assert!(server.cluster.heartbeat(None, &id, Some(news), None).await.unwrap());
+    assert!(server.cluster.heartbeat(None, &id, with(news)).await.unwrap().is_some());
     assert_eq!(server.cluster.node(&id).await.unwrap().0.images.len(), 1);
     let flood = Inventory { images: vec![image; 5000], ..same };
-    assert_eq!(
-        code(server.cluster.heartbeat(None, &id, Some(flood), None).await),
-        ErrorCode::InvalidArgument
-    );
+    assert_eq!(code(server.cluster.heartbeat(None, &id, with(flood)).await), ErrorCode::InvalidArgument);
+}
+
+fn with(inventory: Inventory) -> Sign {
+    Sign { inventory: Some(inventory), ..Sign::default() }
 }
 
 fn convert_drivers() -> Vec<hv_types::DriverInfo> {
@@ -139,16 +143,20 @@ async fn a_node_with_instances_is_not_deregistered_and_one_without_is_forgotten(
     let server = Server::start(&disk.store, config("a")).await;
     server.add_node(node("n1", 4)).await;
     let (instance, id) = server.running(asked("web")).await;
-    let refusal = server.cluster.deregister_node(&id).await.unwrap_err();
+    let refusal =
+        server.cluster.deregister_node(&Mutation::once("deregister"), &id, false).await.unwrap_err();
     assert_eq!(refusal.to_string(), "node host-n1 still has 1 instance; drain it or delete them first");
     assert_eq!(status(&server, &id).await, NodeStatus::Ready);
     server.change(&instance, hv_types::instance::Request::Delete).await.unwrap();
     let leaving = server.get(&instance).await;
     server.report_one(&id, crate::world::gone(&leaving)).await;
-    server.cluster.deregister_node(&id).await.unwrap();
+    server.cluster.deregister_node(&Mutation::once("deregister"), &id, false).await.unwrap();
     assert_eq!(code(server.cluster.node(&id).await.map(|_| ())), ErrorCode::NotFound);
-    assert_eq!(code(server.cluster.deregister_node(&id).await), ErrorCode::NotFound);
-    assert!(!server.cluster.heartbeat(None, &id, None, None).await.unwrap());
+    assert_eq!(
+        code(server.cluster.deregister_node(&Mutation::once("deregister"), &id, false).await),
+        ErrorCode::NotFound
+    );
+    assert!(!server.cluster.heartbeat(None, &id, Sign::default()).await.unwrap().is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -127,8 +127,7 @@ async fn each_rule_is_counted_in_the_reason() {
     server.add_node(node("n1", 4)).await;
     server.add_node(v1::RegisterNodeRequest { zone: "west".into(), ..node("n2", 4) }).await;
     let cordoned = server.add_node(v1::RegisterNodeRequest { zone: "west".into(), ..node("n3", 4) }).await;
-    let wanted = Some(hv_types::node::Schedulability::Cordoned);
-    server.cluster.set_schedulability(&cordoned, wanted, false, &[]).await.unwrap();
+    server.cluster.cordon_node(&Mutation::once("cordon"), &cordoned).await.unwrap();
     let mut request = v1::CreateInstanceRequest { zone: "west".into(), ..wish("web") };
     request.node_selector.insert("disk".into(), "ssd".into());
     let record = convert::create_request_from(request).unwrap();
@@ -168,8 +167,7 @@ async fn an_instance_that_stood_still_is_placed_again_after_a_drain() {
     let (id, first) = server.running(asked("web")).await;
     server.change(&id, Request::Pause).await.unwrap();
     server.report_one(&first, report(&*server.get(&id).await, InstanceState::Paused)).await;
-    let draining = Some(hv_types::node::Schedulability::Draining);
-    server.cluster.set_schedulability(&first, draining, false, &[]).await.unwrap();
+    server.drain(&first).await;
     let leaving = until("the node to be told", async || {
         Some(server.get(&id).await).filter(|record| record.binding.as_ref().is_some_and(|b| b.release))
     })
@@ -195,7 +193,7 @@ async fn nothing_is_bound_to_a_node_that_is_deregistered_meanwhile() {
             }
         });
         let cluster = server.cluster.clone();
-        let deregistered = cluster.deregister_node(&node).await;
+        let deregistered = cluster.deregister_node(&Mutation::once("deregister"), &node, false).await;
         creates.await.unwrap();
         server.cluster.sync().await.unwrap();
         let there: Vec<_> = server.cluster.cache().read(|state| state.instances_on(&id).cloned().collect());
@@ -234,14 +232,17 @@ async fn a_binding_that_arrives_after_its_node_was_deregistered_is_refused() {
     let gate = mute.leader_gate.write().await;
     let before = mute.txns.load(std::sync::atomic::Ordering::SeqCst);
     let record = asked("web");
-    server.create(record.clone()).await.unwrap();
-    // The create, its event and the registration's, and the binding, which now waits.
+    let (cluster, wanted) = (server.cluster.clone(), record.clone());
+    let create =
+        tokio::spawn(async move { cluster.create_instance(&Mutation::once("create"), wanted).await });
+    // The create binds at once, and waits at the gate.
     until("the binding to be under way", async || {
-        (mute.txns.load(std::sync::atomic::Ordering::SeqCst) >= before + 3).then_some(())
+        (mute.txns.load(std::sync::atomic::Ordering::SeqCst) > before).then_some(())
     })
     .await;
-    server.cluster.deregister_node(&id).await.unwrap();
+    server.cluster.deregister_node(&Mutation::once("deregister"), &id, false).await.unwrap();
     drop(gate);
+    assert_eq!(create.await.unwrap().unwrap().reply.node_id, "");
     settled_without_nodes(&server, 1).await;
     assert_eq!(server.get(&record.id).await.node_id(), None);
 }

@@ -113,7 +113,7 @@ async fn many_reports_of_one_call_each_get_their_verdict() {
     }
     let many = vec![reports[0].clone(); 101];
     assert_eq!(
-        code(server.cluster.report(server.cluster.id(), &node, &many).await),
+        code(server.cluster.report(&server.cluster.id(), &node, &many).await),
         ErrorCode::InvalidArgument
     );
     let other = hv_types::ClusterId::generate();
@@ -124,8 +124,7 @@ async fn many_reports_of_one_call_each_get_their_verdict() {
 async fn what_stopped_before_it_was_moved_is_settled_without_a_node() {
     let (_disk, server, id, node) = one_running().await;
     server.change(&id, Request::Stop).await.unwrap();
-    let draining = Some(hv_types::node::Schedulability::Draining);
-    server.cluster.set_schedulability(&node, draining, false, &[]).await.unwrap();
+    server.drain(&node).await;
     let leaving = until("the node to be told", async || {
         Some(server.get(&id).await).filter(|record| record.binding.as_ref().is_some_and(|b| b.release))
     })
@@ -136,4 +135,52 @@ async fn what_stopped_before_it_was_moved_is_settled_without_a_node() {
     assert!(now.is_settled(), "nobody would ever finish the stop");
     server.change(&id, Request::Start).await.unwrap();
     assert_eq!(server.get(&id).await.state, InstanceState::Pending);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_restored_store_may_not_know_of_is_left_alone_and_told_of_once() {
+    let (disk, server, id, node) = one_running().await;
+    let known = server.get(&id).await;
+    let unknown = |id: InstanceId| Report { id, ..report(&known, InstanceState::Running) };
+    let (before, odd) = (InstanceId::generate(), "no-uuid".parse::<InstanceId>().unwrap());
+    assert_eq!(server.report_one(&node, unknown(InstanceId::generate())).await, Verdict::Release);
+    let key = server.cluster.keys().cluster();
+    let kv = hv_store::StoreExt::get(&*disk.store, key.clone()).await.unwrap().unwrap();
+    let mut record: hv_proto::store::ClusterRecord = hv_store::record::decode_message(&kv).unwrap();
+    let restored_at = std::time::SystemTime::now() + std::time::Duration::from_millis(2);
+    record.restored_at = Some(hv_proto::convert::to_timestamp(restored_at));
+    hv_store::StoreExt::put(&*disk.store, key, hv_store::record::encode_message(&record)).await.unwrap();
+    server.cluster.sync().await.unwrap();
+    tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    for _ in 0..3 {
+        assert_eq!(server.report_one(&node, unknown(before.clone())).await, Verdict::Retry);
+    }
+    assert_eq!(server.report_one(&node, unknown(odd)).await, Verdict::Retry, "its age is not known");
+    // What was made afterwards would be in the records.
+    assert_eq!(server.report_one(&node, unknown(InstanceId::generate())).await, Verdict::Release);
+    let told = crate::world::until("the events", async || {
+        let told = server.cluster.cache().read(|state| {
+            let events = state.events_before(None).filter(|event| event.reason == "OrphanInstance");
+            events.map(|event| event.message.clone()).collect::<Vec<_>>()
+        });
+        (told.len() >= 2).then_some(told)
+    })
+    .await;
+    assert_eq!(told.iter().filter(|message| message.contains(before.as_str())).count(), 1, "{told:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_reports_while_it_reports_is_told_to_come_again() {
+    let (_disk, server, id, node) = one_running().await;
+    let record = server.get(&id).await;
+    let mut calls = tokio::task::JoinSet::new();
+    for n in 0..50 {
+        let (cluster, node) = (server.cluster.clone(), node.clone());
+        // Each has something to write, so that it takes a while.
+        let reports = vec![Report { reason: format!("{n}"), ..report(&record, InstanceState::Running) }];
+        calls.spawn(async move { cluster.report(&cluster.id(), &node, &reports).await.unwrap()[0] });
+    }
+    let verdicts = calls.join_all().await;
+    assert!(verdicts.contains(&Verdict::Accepted) && verdicts.contains(&Verdict::Retry), "{verdicts:?}");
+    assert!(!verdicts.contains(&Verdict::Release));
 }

@@ -109,7 +109,12 @@ impl Server {
 
     pub(crate) async fn add_node(&self, node: v1::RegisterNodeRequest) -> NodeId {
         let record = convert::node_from_registration(node).unwrap();
-        self.cluster.register_node(None, record).await.unwrap()
+        self.cluster.register_node(None, record).await.unwrap().id
+    }
+
+    pub(crate) async fn drain(&self, id: &NodeId) -> v1::DrainNodeResponse {
+        let (once, options) = (Mutation::once("drain"), hv_cluster::nodes::DrainOptions::default());
+        self.cluster.drain_node(&once, id, options).await.unwrap().reply
     }
 
     pub(crate) async fn get(&self, id: &InstanceId) -> Arc<InstanceRecord> {
@@ -122,7 +127,7 @@ impl Server {
     }
 
     pub(crate) async fn report(&self, node: &NodeId, reports: &[Report]) -> Vec<Verdict> {
-        self.cluster.report(self.cluster.id(), node, reports).await.unwrap()
+        self.cluster.report(&self.cluster.id(), node, reports).await.unwrap()
     }
 
     pub(crate) async fn report_one(&self, node: &NodeId, report: Report) -> Verdict {
@@ -189,6 +194,7 @@ pub(crate) fn report(record: &InstanceRecord, state: InstanceState) -> Report {
         ip_address: String::new(),
         started_at: None,
         gone: false,
+        restart_count: 0,
     }
 }
 
@@ -229,6 +235,10 @@ pub(crate) struct Mute {
     pub(crate) txns: AtomicUsize,
     /// A leader's transaction waits while nobody can write this.
     pub(crate) leader_gate: tokio::sync::RwLock<()>,
+    /// How many transactions of leaders have come.
+    pub(crate) leader_waits: AtomicUsize,
+    /// Renewals of leases are never answered.
+    pub(crate) hang_leases: AtomicBool,
 }
 
 impl Mute {
@@ -240,6 +250,8 @@ impl Mute {
             lease_ended,
             txns: AtomicUsize::new(0),
             leader_gate: tokio::sync::RwLock::new(()),
+            leader_waits: AtomicUsize::new(0),
+            hang_leases: AtomicBool::new(false),
         })
     }
 }
@@ -254,6 +266,7 @@ impl Store for Mute {
         self.txns.fetch_add(1, Ordering::SeqCst);
         let is_leaders =
             txn.compares.iter().any(|compare| matches!(compare, hv_store::Compare::CreateRevision(..)));
+        self.leader_waits.fetch_add(usize::from(is_leaders), Ordering::SeqCst);
         let _passed = if is_leaders { Some(self.leader_gate.read().await) } else { None };
         let lease = txn.then.iter().find_map(|op| match op {
             hv_store::Op::Put { lease, .. } => *lease,
@@ -284,6 +297,9 @@ impl Store for Mute {
     }
 
     async fn lease_keep_alive(&self, lease: LeaseId) -> Result<(), StoreError> {
+        if self.hang_leases.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
         self.inner.lease_keep_alive(lease).await
     }
 

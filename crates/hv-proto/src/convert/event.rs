@@ -20,23 +20,35 @@ pub fn event_to(event: &Event) -> v1::Event {
         warning: event.warning,
         source: event.source.clone(),
         request_id: event.request_id.clone(),
+        actor: event.actor.clone(),
+        revision: event.revision.0,
+        r#type: v1::EventType::Unspecified.into(),
     }
 }
 
-/// An event as stored.
+/// Events as stored: those of a moment together, the first gives the key. `None` if there are none.
 #[must_use]
-pub fn event_to_record(event: &Event) -> store::EventRecord {
-    store::EventRecord { schema: RECORD_SCHEMA, event: Some(event_to(event)) }
+pub fn events_to_record(events: &[Event]) -> Option<store::EventRecord> {
+    let stored = |event: &Event| v1::Event { revision: 0, ..event_to(event) };
+    let (first, more) = events.split_first()?;
+    Some(store::EventRecord {
+        schema: RECORD_SCHEMA,
+        event: Some(stored(first)),
+        more: more.iter().map(stored).collect(),
+    })
 }
 
-/// An event as read at `revision`.
+/// Events as read at `revision`, in their order.
 ///
 /// # Errors
-/// It was written by a newer release.
-pub fn event_from_record(value: store::EventRecord, revision: Revision) -> Result<Event, RecordError> {
+/// They were written by a newer release.
+pub fn events_from_record(value: store::EventRecord, revision: Revision) -> Result<Vec<Event>, RecordError> {
     check_schema(value.schema)?;
-    let event = value.event.unwrap_or_default();
-    Ok(Event {
+    Ok(value.event.into_iter().chain(value.more).map(|event| event_from(event, revision)).collect())
+}
+
+fn event_from(event: v1::Event, revision: Revision) -> Event {
+    Event {
         at: event.at.as_ref().map_or(std::time::UNIX_EPOCH, from_timestamp),
         id: event.id,
         object_kind: event.object_kind,
@@ -47,6 +59,7 @@ pub fn event_from_record(value: store::EventRecord, revision: Revision) -> Resul
         warning: event.warning,
         source: event.source,
         request_id: event.request_id,
+        actor: event.actor,
         revision,
-    })
+    }
 }

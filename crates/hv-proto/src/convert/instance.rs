@@ -1,13 +1,19 @@
 //! Instances: requests, records, assignments.
 
-use hv_types::instance::{Binding, PlacementRules, StopOptions};
+use std::sync::Arc;
+
+use hv_types::instance::{Binding, FailoverPolicy, StopOptions};
 use hv_types::{
     DiskSpec, Epoch, InstanceId, InstanceRecord, InstanceSpec, InstanceState, InstanceType, Invalid,
-    Metadata, NetworkSpec, ResourceLimits, Revision, VolumeMount, Wanted, validate,
+    Metadata, NetworkSpec, PlacementRules, ResourceLimits, Revision, VolumeMount, Wanted, validate,
 };
 
 use super::common::{
     clamp_i32, clamp_i64, from_timestamp, labels_from, selector_from, to_timestamp, unsigned, unsigned_32,
+};
+use super::placement::{
+    failover_policy_from, failover_policy_to, placement_from, placement_to, restart_policy_from,
+    restart_policy_to,
 };
 use super::{RECORD_SCHEMA, RecordError, check_schema};
 use crate::{store, v1};
@@ -243,15 +249,19 @@ pub fn create_request_from(request: v1::CreateInstanceRequest) -> Result<Instanc
         name: request.name,
         project: project_from(request.project)?,
         instance_type,
-        spec: spec_from(spec)?,
-        metadata: metadata_from(request.metadata),
-        placement: PlacementRules {
+        spec: Arc::new(spec_from(spec)?),
+        metadata: Arc::new(metadata_from(request.metadata)),
+        placement: Arc::new(PlacementRules {
             preferred_node: (!preferred.is_empty()).then(|| preferred.parse()).transpose()?,
             region: request.region,
             zone: request.zone,
             node_selector: selector_from(request.node_selector)
                 .map_err(|e| Invalid { field: "node_selector".into(), ..e })?,
-        },
+            ..placement_from(request.placement)?
+        }),
+        restart_policy: restart_policy_from(request.restart_policy)?,
+        failover_policy: failover_policy_from(request.failover_policy)?,
+        set: String::new(),
         wanted: Wanted::Running,
         generation: 1,
         restart_generation: 0,
@@ -264,6 +274,8 @@ pub fn create_request_from(request: v1::CreateInstanceRequest) -> Result<Instanc
         ip_address: String::new(),
         created_at: std::time::SystemTime::now(),
         started_at: None,
+        restart_count: 0,
+        recovery_note: String::new(),
         revision: Revision::default(),
     };
     record.validate()?;
@@ -273,6 +285,7 @@ pub fn create_request_from(request: v1::CreateInstanceRequest) -> Result<Instanc
 /// An instance as the API shows it.
 #[must_use]
 pub fn instance_to(record: &InstanceRecord) -> v1::Instance {
+    let placement = &record.placement;
     v1::Instance {
         id: record.id.to_string(),
         name: record.name.clone(),
@@ -291,7 +304,23 @@ pub fn instance_to(record: &InstanceRecord) -> v1::Instance {
         epoch: record.epoch.0,
         wanted: wanted_to(record.wanted).into(),
         project: record.project.clone(),
+        restart_policy: restart_policy_to(record.restart_policy).into(),
+        failover_policy: failover_policy_to(record.failover_policy).into(),
+        restart_count: record.restart_count,
+        recovery_note: record.recovery_note.clone(),
+        set: record.set.clone(),
+        placement: rules_to(placement),
+        preferred_node_id: placement.preferred_node.as_ref().map(ToString::to_string).unwrap_or_default(),
+        region: placement.region.clone(),
+        zone: placement.zone.clone(),
+        node_selector: placement.node_selector.requirements().clone().into_iter().collect(),
     }
+}
+
+/// The rules, left out where they are the default: nearly always.
+fn rules_to(rules: &PlacementRules) -> Option<v1::PlacementRules> {
+    let rules = placement_to(rules);
+    (rules != v1::PlacementRules::default()).then_some(rules)
 }
 
 /// An instance as its node is told of it. A node that is to give it up is told to delete it.
@@ -311,6 +340,8 @@ pub fn assignment_to(record: &InstanceRecord) -> v1::Assignment {
         restart_generation: record.restart_generation,
         stop_force: record.stop.force,
         stop_timeout_seconds: record.stop.timeout_seconds,
+        fence: record.failover_policy == FailoverPolicy::Restart,
+        restart_policy: restart_policy_to(record.restart_policy).into(),
     }
 }
 
@@ -330,6 +361,10 @@ pub fn instance_to_record(record: &InstanceRecord) -> store::InstanceRecord {
         region: placement.region.clone(),
         zone: placement.zone.clone(),
         node_selector: placement.node_selector.requirements().clone().into_iter().collect(),
+        placement: rules_to(placement),
+        restart_policy: restart_policy_to(record.restart_policy).into(),
+        failover_policy: failover_policy_to(record.failover_policy).into(),
+        set: record.set.clone(),
         wanted: wanted_to(record.wanted).into(),
         generation: record.generation,
         restart_generation: record.restart_generation,
@@ -344,6 +379,8 @@ pub fn instance_to_record(record: &InstanceRecord) -> store::InstanceRecord {
         ip_address: record.ip_address.clone(),
         created_at: Some(to_timestamp(record.created_at)),
         started_at: record.started_at.map(to_timestamp),
+        restart_count: record.restart_count,
+        recovery_note: record.recovery_note.clone(),
     }
 }
 
@@ -368,14 +405,18 @@ pub fn instance_from_record(
         project: value.project,
         instance_type: instance_type_from(value.r#type)?
             .ok_or_else(|| Invalid::new("type", value.r#type, "must be set"))?,
-        spec: spec_from(value.spec.unwrap_or_default())?,
-        metadata: metadata_from(value.metadata),
-        placement: PlacementRules {
+        spec: Arc::new(spec_from(value.spec.unwrap_or_default())?),
+        metadata: Arc::new(metadata_from(value.metadata)),
+        placement: Arc::new(PlacementRules {
             preferred_node: (!preferred.is_empty()).then(|| preferred.parse()).transpose()?,
             region: value.region,
             zone: value.zone,
             node_selector: selector_from(value.node_selector)?,
-        },
+            ..placement_from(value.placement)?
+        }),
+        restart_policy: restart_policy_from(value.restart_policy)?,
+        failover_policy: failover_policy_from(value.failover_policy)?,
+        set: value.set,
         wanted: wanted_from(value.wanted)?,
         generation: value.generation,
         restart_generation: value.restart_generation,
@@ -388,6 +429,8 @@ pub fn instance_from_record(
         ip_address: value.ip_address,
         created_at: value.created_at.as_ref().map_or(std::time::UNIX_EPOCH, from_timestamp),
         started_at: value.started_at.as_ref().map(from_timestamp),
+        restart_count: value.restart_count,
+        recovery_note: value.recovery_note,
         revision,
     })
 }

@@ -2,7 +2,8 @@
 
 use std::time::SystemTime;
 
-use hv_types::node::Schedulability;
+use hv_types::node::{DEFAULT_DRAIN_PARALLEL, Fencing, Schedulability};
+use hv_types::placement::Overcommit;
 use hv_types::{
     DriverInfo, ImageInfo, InstanceType, Invalid, NodeCondition, NodeId, NodeRecord, NodeRole, NodeStatus,
     Resources, Revision, validate,
@@ -10,6 +11,7 @@ use hv_types::{
 
 use super::common::{clamp_i64, from_timestamp, resources_from, resources_to, to_timestamp, unsigned};
 use super::instance::{instance_type_from, instance_type_to, metadata_from, metadata_to};
+use super::placement::{overcommit_from, overcommit_to, taint_from, taint_to};
 use super::{RECORD_SCHEMA, RecordError, check_schema};
 use crate::{store, v1};
 
@@ -26,6 +28,8 @@ pub struct NodeView {
     pub last_seen: Option<SystemTime>,
     /// What is in use, if known.
     pub usage: Option<v1::NodeUsage>,
+    /// Since when its lease is gone, if it is and this server saw it go.
+    pub lost_since: Option<SystemTime>,
 }
 
 /// A role as the wire carries it.
@@ -171,6 +175,18 @@ pub fn image_from(image: v1::Image) -> Result<ImageInfo, Invalid> {
     })
 }
 
+/// What a node says of its fencing; silence is "not armed".
+///
+/// # Errors
+/// The text is too long.
+pub fn fencing_from(fencing: Option<v1::FencingStatus>) -> Result<Fencing, Invalid> {
+    let Some(fencing) = fencing else {
+        return Ok(Fencing { armed: false, message: "its agent does not say that it fences".into() });
+    };
+    validate::text("fencing.message", &fencing.message, 4 << 10)?;
+    Ok(Fencing { armed: fencing.armed, message: fencing.message })
+}
+
 /// A node as its agent describes it, checked; a node without an id gets one.
 ///
 /// # Errors
@@ -206,6 +222,14 @@ pub fn node_from_registration(request: v1::RegisterNodeRequest) -> Result<NodeRe
         allocatable,
         schedulability: Schedulability::Open,
         drain_discards_disks: false,
+        drain_max_parallel: DEFAULT_DRAIN_PARALLEL,
+        drain_operation_id: String::new(),
+        taints: Vec::new(),
+        overcommit: Overcommit::default(),
+        reserved: Resources::default(),
+        failover_held: false,
+        fencing: fencing_from(request.fencing)?,
+        confirmed_down: false,
         conditions: request.conditions.into_iter().map(condition_from).collect::<Result<_, _>>()?,
         metadata: metadata_from(request.metadata),
         drivers,
@@ -244,6 +268,7 @@ pub fn node_to(record: &NodeRecord, view: &NodeView, with_images: bool) -> v1::N
         instance_count: i32::try_from(view.instance_count).unwrap_or(i32::MAX),
         last_seen: view.last_seen.map(to_timestamp),
         usage: view.usage,
+        lost_since: view.lost_since.map(to_timestamp),
         supported_instance_types: types.map(|t| t.name().to_owned()).collect(),
         images: if with_images { images_of(record) } else { Vec::new() },
         ..node_base(record)
@@ -272,6 +297,17 @@ fn node_base(record: &NodeRecord) -> v1::Node {
         revision: record.revision.0,
         drivers: record.drivers.iter().map(driver_to).collect(),
         agent_version: record.agent_version.clone(),
+        taints: record.taints.iter().map(taint_to).collect(),
+        overcommit: Some(overcommit_to(record.overcommit)),
+        reserved: Some(resources_to(record.reserved)),
+        schedulable: Some(resources_to(record.schedulable())),
+        failover_held: record.failover_held,
+        fencing: Some(v1::FencingStatus {
+            armed: record.fencing.armed,
+            message: record.fencing.message.clone(),
+        }),
+        confirmed_down: record.confirmed_down,
+        drain_operation_id: record.drain_operation_id.clone(),
         ..v1::Node::default()
     }
 }
@@ -287,9 +323,10 @@ pub fn node_to_record(record: &NodeRecord) -> store::NodeRecord {
     };
     store::NodeRecord {
         schema: RECORD_SCHEMA,
-        node: Some(v1::Node { images, revision: 0, ..node_base(record) }),
+        node: Some(v1::Node { images, revision: 0, schedulable: None, ..node_base(record) }),
         schedulability: schedulability.into(),
         drain_discards_disks: record.drain_discards_disks,
+        drain_max_parallel: record.drain_max_parallel,
         registered_at: Some(to_timestamp(record.registered_at)),
     }
 }
@@ -318,6 +355,17 @@ pub fn node_from_record(value: store::NodeRecord, revision: Revision) -> Result<
         allocatable: resources_from("allocatable", node.allocatable)?,
         schedulability,
         drain_discards_disks: value.drain_discards_disks,
+        drain_max_parallel: match value.drain_max_parallel {
+            0 => DEFAULT_DRAIN_PARALLEL,
+            parallel => parallel,
+        },
+        drain_operation_id: node.drain_operation_id,
+        taints: node.taints.into_iter().map(taint_from).collect::<Result<_, _>>()?,
+        overcommit: overcommit_from(node.overcommit),
+        reserved: resources_from("reserved", node.reserved)?,
+        failover_held: node.failover_held,
+        fencing: fencing_from(node.fencing)?,
+        confirmed_down: node.confirmed_down,
         conditions: node.conditions.into_iter().map(condition_from).collect::<Result<_, _>>()?,
         metadata: metadata_from(node.metadata),
         drivers: node.drivers.into_iter().map(driver_from).collect::<Result<_, _>>()?,

@@ -12,6 +12,8 @@ const CHAPTER: &str = "transactions";
 
 pub(super) async fn run(store: &SharedStore) {
     every_compare_holds_and_fails_where_it_should(store).await;
+    a_range_is_empty_or_not(store).await;
+    of_many_that_want_a_range_empty_one_wins(store).await;
     a_refusal_tells_what_is_there(store).await;
     a_transaction_is_one_revision(store).await;
     changing_nothing_takes_no_revision(store).await;
@@ -60,6 +62,55 @@ async fn every_compare_holds_and_fails_where_it_should(store: &SharedStore) {
     let txn = Txn { compares: both, then: vec![Op::put(there.clone(), "3")], ..Txn::default() };
     assert_eq!(store.txn(txn).await.unwrap(), TxnOutcome::Refused(Vec::new()), "all must hold");
     assert_eq!(store.get(there).await.unwrap().unwrap().mod_revision, changed);
+}
+
+async fn a_range_is_empty_or_not(store: &SharedStore) {
+    let between = |a: &str, b: &str| KeyRange::Between(name(a), name(b));
+    let prefix = |part: &str| KeyRange::Prefix(name(part));
+    let holds = async |keys: &KeyRange| {
+        let txn = Txn { compares: vec![Compare::NoneIn(keys.clone())], ..Txn::default() };
+        matches!(store.txn(txn).await.unwrap(), TxnOutcome::Committed(_))
+    };
+    let ranges =
+        [prefix("none/web-"), between("none/web-0", "none/web-:"), KeyRange::Key(name("none/web-1"))];
+    for range in &ranges {
+        assert!(holds(range).await, "{range:?} before anything is there");
+    }
+    // Neighbours on both sides are outside.
+    for outside in ["none/web", "none/web-", "none/web-:", "none/web.", "none/web-1x"] {
+        store.put(name(outside), "").await.unwrap();
+    }
+    assert!(!holds(&ranges[0]).await);
+    assert!(!holds(&ranges[1]).await, "web-1x");
+    assert!(holds(&ranges[2]).await);
+    let one = Txn {
+        then: vec![Op::delete(name("none/web-1x")), Op::put(name("none/web-1"), "")],
+        ..Txn::default()
+    };
+    commit(store, one).await;
+    for range in &ranges {
+        assert!(!holds(range).await, "{range:?} while web-1 is there");
+    }
+    commit(store, Txn { then: vec![Op::delete(name("none/web-1"))], ..Txn::default() }).await;
+    assert!(holds(&ranges[1]).await, "what was deleted does not count");
+    assert!(holds(&ranges[2]).await);
+    // A range that can hold nothing is empty, and nothing is above a key space that ends in it.
+    assert!(holds(&between("none/web-:", "none/web-")).await);
+    assert!(!holds(&KeyRange::Prefix(Bytes::new())).await);
+    let unbounded = KeyRange::Prefix(Bytes::from_static(b"\xff\xff\xff"));
+    assert!(holds(&unbounded).await, "nobody writes there");
+}
+
+/// The compare and the write are one: two that want the same range cannot both find it empty.
+async fn of_many_that_want_a_range_empty_one_wins(store: &SharedStore) {
+    let claims = (0..16).map(|index| {
+        let compares = vec![Compare::NoneIn(KeyRange::Prefix(name("claim/")))];
+        let then = vec![Op::put(name(&format!("claim/{index}")), "")];
+        store.txn(Txn { compares, then, ..Txn::default() })
+    });
+    let outcomes = futures::future::try_join_all(claims).await.unwrap();
+    let won = outcomes.iter().filter(|outcome| matches!(outcome, TxnOutcome::Committed(_))).count();
+    assert_eq!(won, 1, "{outcomes:?}");
 }
 
 async fn a_refusal_tells_what_is_there(store: &SharedStore) {

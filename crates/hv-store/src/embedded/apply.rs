@@ -10,6 +10,9 @@ use super::tables::{LogEntry, Meta, Tables, TablesResult, Version, encode_versio
 use crate::bounds::Interval;
 use crate::{Change, Compare, KeyValue, LeaseId, Op, Result, Revision, StoreError, Txn, TxnOutcome};
 
+/// So many revisions are kept however large they are: a watch that lags a little must not lose its place.
+const MIN_KEPT_REVISIONS: u64 = 100;
+
 /// Applies commands one after the other. An error of the tables leaves a mess: the write transaction must be aborted
 /// then. A refusal (the inner result) leaves nothing behind.
 pub(super) struct Applier<'t, 'txn> {
@@ -17,6 +20,8 @@ pub(super) struct Applier<'t, 'txn> {
     pub(super) meta: Meta,
     /// What was changed, in the order of revisions.
     pub(super) revised: Vec<Arc<Revised>>,
+    /// How many keys were changed.
+    pub(super) changed: usize,
     /// Reused for every row.
     row: Vec<u8>,
     log_row: Vec<u8>,
@@ -24,7 +29,7 @@ pub(super) struct Applier<'t, 'txn> {
 
 impl<'t, 'txn> Applier<'t, 'txn> {
     pub(super) fn new(tables: &'t mut Tables<'txn>, meta: Meta) -> Self {
-        Self { tables, meta, revised: Vec::new(), row: Vec::new(), log_row: Vec::new() }
+        Self { tables, meta, revised: Vec::new(), changed: 0, row: Vec::new(), log_row: Vec::new() }
     }
 
     /// Compares, and changes if all holds. The transaction is within the bounds.
@@ -88,6 +93,8 @@ impl<'t, 'txn> Applier<'t, 'txn> {
             return Ok(());
         }
         self.meta.revision += 1;
+        self.meta.history_bytes += self.log_row.len() as u64;
+        self.changed += changes.len();
         self.tables.log.insert(self.meta.revision, &self.log_row[..])?;
         self.revised.push(Arc::new(Revised { revision: self.meta.revision, changes }));
         Ok(())
@@ -106,6 +113,7 @@ impl<'t, 'txn> Applier<'t, 'txn> {
         };
         self.row.clear();
         encode_version(&kv, &mut self.row);
+        self.meta.live_bytes += (kv.key.len() + self.row.len()) as u64;
         self.tables.current.insert(&kv.key[..], &self.row[..])?;
         if let Some(lease) = lease {
             self.tables.lease_keys.insert((lease.0, &kv.key[..]), ())?;
@@ -130,9 +138,11 @@ impl<'t, 'txn> Applier<'t, 'txn> {
         let Some(row) = self.tables.current.get(key)? else { return Ok(None) };
         let old = Version::decode(row.value(), "current")?;
         self.row.clear();
+        self.meta.live_bytes = self.meta.live_bytes.saturating_sub((key.len() + row.value().len()) as u64);
         self.row.extend_from_slice(&(self.meta.revision + 1).to_le_bytes());
         self.row.extend_from_slice(row.value());
         self.tables.past.insert((key, old.mod_revision), &self.row[..])?;
+        self.meta.history_bytes += (key.len() + self.row.len()) as u64;
         if let Some(lease) = old.lease {
             self.tables.lease_keys.remove((lease.0, key))?;
         }
@@ -168,6 +178,7 @@ impl<'t, 'txn> Applier<'t, 'txn> {
     /// As etcd does, a key that does not exist counts as revision 0 and version 0, and has no value.
     fn holds(&self, compare: &Compare) -> TablesResult<bool> {
         let key = match compare {
+            Compare::NoneIn(keys) => return self.is_vacant(&Interval::of(keys)),
             Compare::Absent(key)
             | Compare::Present(key)
             | Compare::ModRevision(key, _)
@@ -184,7 +195,18 @@ impl<'t, 'txn> Applier<'t, 'txn> {
             Compare::CreateRevision(_, wanted) => found.map_or(0, |found| found.create_revision) == wanted.0,
             Compare::Version(_, wanted) => found.map_or(0, |found| found.version) == *wanted,
             Compare::Value(_, wanted) => found.is_some_and(|found| found.value == wanted),
+            Compare::NoneIn(_) => unreachable!("answered above"),
         })
+    }
+
+    fn is_vacant(&self, interval: &Interval) -> TablesResult<bool> {
+        if interval.is_empty() {
+            return Ok(true);
+        }
+        match self.tables.current.range(&interval.start[..]..)?.next() {
+            Some(row) => Ok(!interval.contains(row?.0.value())),
+            None => Ok(true),
+        }
     }
 }
 
@@ -196,19 +218,98 @@ struct Superseded {
     version: u64,
 }
 
-/// Drops up to `limit` revisions that are older than `oldest`, with the versions that they superseded. How many.
-pub(super) fn trim(tables: &mut Tables<'_>, oldest: u64, limit: usize) -> TablesResult<usize> {
-    for dropped in 0..limit {
-        match tables.log.first()? {
-            Some((revision, _)) if revision.value() < oldest => {}
-            _ => return Ok(dropped),
+/// How much history is kept; see [`super::EmbeddedOptions`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Kept {
+    pub(super) revisions: u64,
+    pub(super) bytes: u64,
+}
+
+/// Drops what is older than the oldest readable revision, and moves that forward where more history is there than is
+/// `kept`. Stops soon after `limit` rows, so that nobody waits long for it. Whether more is to be dropped.
+pub(super) fn trim(
+    tables: &mut Tables<'_>,
+    meta: &mut Meta,
+    kept: Kept,
+    limit: usize,
+) -> TablesResult<Trimmed> {
+    meta.oldest = meta.oldest.max(meta.revision.saturating_sub(kept.revisions));
+    let mut rows = 0;
+    while rows < limit {
+        let first = match tables.log.first()? {
+            Some((revision, _)) => revision.value(),
+            None => return Ok(Trimmed { rows, more: false }),
+        };
+        let too_much = meta.history_bytes > kept.bytes && first + MIN_KEPT_REVISIONS < meta.revision;
+        if first >= meta.oldest && !too_much {
+            return Ok(Trimmed { rows, more: false });
         }
-        let Some((_, row)) = tables.log.pop_first()? else { return Ok(dropped) };
+        meta.oldest = meta.oldest.max(first + 1);
+        let Some((_, row)) = tables.log.pop_first()? else { continue };
+        let mut dropped_bytes = row.value().len();
         for entry in LogEntry::decode_all(row.value())? {
-            if entry.superseded != 0 {
-                tables.past.remove((entry.key, entry.superseded))?;
+            rows += 1;
+            if entry.superseded != 0
+                && let Some(past) = tables.past.remove((entry.key, entry.superseded))?
+            {
+                dropped_bytes += entry.key.len() + past.value().len();
             }
         }
+        meta.history_bytes = meta.history_bytes.saturating_sub(dropped_bytes as u64);
     }
-    Ok(limit)
+    Ok(Trimmed { rows, more: true })
+}
+
+/// What [`trim`] did.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Trimmed {
+    pub(super) rows: usize,
+    pub(super) more: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use redb::backends::InMemoryBackend;
+
+    use super::*;
+
+    /// Otherwise whoever writes little waits for what others superseded.
+    #[test]
+    fn one_step_drops_a_bounded_number_of_rows_however_large_the_revisions_are() {
+        let database = redb::Database::builder().create_with_backend(InMemoryBackend::new()).unwrap();
+        let txn = database.begin_write().unwrap();
+        let mut tables = Tables::open(&txn).unwrap();
+        let mut applier = Applier::new(&mut tables, Meta::EMPTY);
+        for _ in 0..10 {
+            let then = (0..100).map(|index| Op::put(format!("{index:03}"), "value")).collect();
+            applier.txn(Txn { then, ..Txn::default() }).unwrap().unwrap();
+        }
+        let (mut meta, changed) = (applier.meta, applier.changed);
+        assert_eq!((meta.revision, changed), (11, 1000));
+        let kept = Kept { revisions: 1, bytes: u64::MAX };
+        let mut steps = 0;
+        loop {
+            let trimmed = trim(&mut tables, &mut meta, kept, 150).unwrap();
+            steps += 1;
+            assert!(trimmed.rows <= 250, "{trimmed:?}");
+            if !trimmed.more {
+                break;
+            }
+        }
+        assert!(steps >= 4, "{steps} steps for 800 rows");
+        assert_eq!(meta.oldest, 10);
+        // What is left: the two revisions that are kept, and what the later one superseded.
+        assert_eq!(tables.log.iter().unwrap().count(), 2);
+        let left: usize = tables.past.iter().unwrap().count();
+        assert_eq!(left, 200);
+        let past: usize = tables
+            .past
+            .iter()
+            .unwrap()
+            .map(|row| row.unwrap())
+            .map(|(key, row)| key.value().0.len() + row.value().len())
+            .sum();
+        let log: usize = tables.log.iter().unwrap().map(|row| row.unwrap().1.value().len()).sum();
+        assert_eq!(meta.history_bytes, (past + log) as u64);
+    }
 }

@@ -27,6 +27,8 @@ pub(super) struct Disk {
     pub(super) room: Room,
     database: RwLock<Option<Database>>,
     closed: AtomicBool,
+    /// The file is closed to reads because it is being made smaller.
+    compacting: AtomicBool,
 }
 
 impl Disk {
@@ -40,6 +42,7 @@ impl Disk {
             room: Room::new(dir, options.min_free_bytes),
             database: RwLock::new(None),
             closed: AtomicBool::new(false),
+            compacting: AtomicBool::new(false),
         };
         disk.create_files().map_err(|source| disk.io_error("creating the directory", source.into()))?;
         let meta = disk.reopen()?;
@@ -124,6 +127,22 @@ impl Disk {
         }
     }
 
+    /// Takes the file away from reads, to make it smaller. They wait until [`Self::end_compaction`].
+    pub(super) fn begin_compaction(&self) -> Option<Database> {
+        self.compacting.store(true, Ordering::Release);
+        self.database.write().take()
+    }
+
+    /// Gives the file back to reads; without one they fail until it is opened again.
+    pub(super) fn end_compaction(&self, database: Option<Database>) {
+        *self.database.write() = database;
+        self.compacting.store(false, Ordering::Release);
+    }
+
+    pub(super) fn is_compacting(&self) -> bool {
+        self.compacting.load(Ordering::Acquire)
+    }
+
     /// A snapshot of everything committed so far.
     pub(super) fn read(&self) -> TablesResult<ReadTransaction> {
         let database = self.database.read();
@@ -189,13 +208,9 @@ fn prepare(database: &Database) -> TablesResult<Meta> {
     let txn = database.begin_write()?;
     let meta = {
         let mut tables = Tables::open(&txn)?;
-        match tables.meta()? {
-            Some(meta) => meta,
-            None => {
-                tables.set_meta(Meta::EMPTY)?;
-                Meta::EMPTY
-            }
-        }
+        let meta = tables.meta()?.unwrap_or(Meta::EMPTY);
+        tables.set_meta(meta)?;
+        meta
     };
     txn.commit()?;
     Ok(meta)

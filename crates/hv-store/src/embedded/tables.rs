@@ -21,11 +21,13 @@ pub(super) const LEASES: TableDefinition<'static, i64, u64> = TableDefinition::n
 /// (lease, key): what ends with which lease.
 pub(super) const LEASE_KEYS: TableDefinition<'static, (i64, Bytestring), ()> =
     TableDefinition::new("lease_keys");
-/// One row: see [`Meta`].
+/// Two rows: see [`Meta`].
 pub(super) const META: TableDefinition<'static, u8, Bytestring> = TableDefinition::new("meta");
 
-/// The row of [`META`].
+/// The rows of [`META`]. The second holds the counts; it may be missing, or of an earlier revision than the first, where
+/// a release wrote the file that did not count: then opening counts anew.
 const META_ROW: u8 = 0;
+const COUNTS_ROW: u8 = 1;
 /// create revision, mod revision, version, lease.
 const HEADER_BYTES: usize = 32;
 /// What marks a change in a log entry.
@@ -48,11 +50,16 @@ pub(super) struct Meta {
     pub(super) oldest: u64,
     /// The last lease that was granted.
     pub(super) last_lease: i64,
+    /// How many bytes the superseded versions and the log take, without what the tree adds to them.
+    pub(super) history_bytes: u64,
+    /// The same of the keys as they are now.
+    pub(super) live_bytes: u64,
 }
 
 impl Meta {
     /// An empty store is at revision 1, as etcd's is, so that 0 never names a state.
-    pub(super) const EMPTY: Self = Self { revision: 1, oldest: 1, last_lease: 0 };
+    pub(super) const EMPTY: Self =
+        Self { revision: 1, oldest: 1, last_lease: 0, history_bytes: 0, live_bytes: 0 };
 
     fn encode(self) -> [u8; 32] {
         let mut row = [0; 32];
@@ -72,7 +79,35 @@ impl Meta {
             revision: take_u64(row, 8),
             oldest: take_u64(row, 16),
             last_lease: take_u64(row, 24).cast_signed(),
+            history_bytes: 0,
+            live_bytes: 0,
         })
+    }
+
+    fn encode_counts(self) -> [u8; 24] {
+        let mut row = [0; 24];
+        row[..8].copy_from_slice(&self.revision.to_le_bytes());
+        row[8..16].copy_from_slice(&self.history_bytes.to_le_bytes());
+        row[16..].copy_from_slice(&self.live_bytes.to_le_bytes());
+        row
+    }
+
+    /// Whether `row` holds the counts at this revision, which are taken over then.
+    fn take_counts(&mut self, row: &[u8]) -> bool {
+        let matches = row.len() == 24 && take_u64(row, 0) == self.revision;
+        if matches {
+            self.history_bytes = take_u64(row, 8);
+            self.live_bytes = take_u64(row, 16);
+        }
+        matches
+    }
+
+    /// Both rows of a table, and whether the counts are there.
+    fn read(table: &impl ReadableTable<u8, Bytestring>) -> TablesResult<Option<(Self, bool)>> {
+        let Some(row) = table.get(META_ROW)? else { return Ok(None) };
+        let mut meta = Self::decode(row.value())?;
+        let counted = table.get(COUNTS_ROW)?.is_some_and(|row| meta.take_counts(row.value()));
+        Ok(Some((meta, counted)))
     }
 }
 
@@ -126,16 +161,29 @@ impl<'txn> Tables<'txn> {
         })
     }
 
-    /// `None` in a new file.
+    /// `None` in a new file. Counts where nobody has counted yet.
     pub(super) fn meta(&self) -> TablesResult<Option<Meta>> {
-        match self.meta.get(META_ROW)? {
-            Some(row) => Ok(Some(Meta::decode(row.value())?)),
-            None => Ok(None),
+        let Some((mut meta, counted)) = Meta::read(&self.meta)? else { return Ok(None) };
+        if counted {
+            return Ok(Some(meta));
         }
+        for row in self.current.iter()? {
+            let (key, row) = row?;
+            meta.live_bytes += (key.value().len() + row.value().len()) as u64;
+        }
+        for row in self.past.iter()? {
+            let (key, row) = row?;
+            meta.history_bytes += (key.value().0.len() + row.value().len()) as u64;
+        }
+        for row in self.log.iter()? {
+            meta.history_bytes += row?.1.value().len() as u64;
+        }
+        Ok(Some(meta))
     }
 
     pub(super) fn set_meta(&mut self, meta: Meta) -> TablesResult<()> {
         self.meta.insert(META_ROW, &meta.encode()[..])?;
+        self.meta.insert(COUNTS_ROW, &meta.encode_counts()[..])?;
         Ok(())
     }
 }
@@ -143,10 +191,7 @@ impl<'txn> Tables<'txn> {
 /// Where the store stood when `txn` began.
 pub(super) fn read_meta(txn: &ReadTransaction) -> TablesResult<Meta> {
     let table = txn.open_table(META)?;
-    match table.get(META_ROW)? {
-        Some(row) => Ok(Meta::decode(row.value())?),
-        None => Err(Damaged { table: "meta" }.into()),
-    }
+    Ok(Meta::read(&table)?.ok_or(Damaged { table: "meta" })?.0)
 }
 
 /// Appends the row that [`CURRENT`] holds for `kv`.

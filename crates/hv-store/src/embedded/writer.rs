@@ -4,14 +4,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::apply::{Applier, trim};
+use super::apply::{Applier, Kept, trim};
 use redb::ReadableTable;
 
 use super::disk::{Disk, is_full};
-use super::lease::Leases;
+use super::lease::{Leases, TICK};
 use super::recent::{Recent, Revised};
 use super::room::Admission;
 use super::tables::{LEASES, Meta, Tables, TablesError, TablesResult};
@@ -23,12 +23,18 @@ const MAX_BATCH: usize = 512;
 const MAX_BATCH_BYTES: usize = 8 << 20;
 /// Most leases that end in one batch.
 const MAX_LEASES_ENDING: usize = 64;
-/// Most old revisions dropped along with a batch, and in one step when nothing else is to do.
+/// How many rows of history are dropped in one step when nothing else is to do, and at least along with a batch.
 const TRIM_STEP: usize = 512;
+/// Along with a batch, so many times as many are dropped as it adds: what is left behind gets less, and slowly enough
+/// that a batch never waits much longer for it than for itself.
+const TRIM_FACTOR: usize = 2;
 /// The same when the disk is nearly full.
 const SHORT_TRIM_STEP: usize = 32;
 /// Most commands in one batch when the disk is nearly full: each takes new pages before it gives old ones back.
 const MAX_FREEING_BATCH: usize = 16;
+/// How long making the file smaller waits for reads that go on, and how often it looks.
+const READS_END: Duration = Duration::from_secs(5);
+const READS_POLL: Duration = Duration::from_millis(5);
 /// How long the writer waits before it tries again to open a file that failed.
 const REOPEN_RETRY: Duration = Duration::from_secs(1);
 /// How long it waits before it goes on dropping old revisions when the disk is nearly full.
@@ -44,6 +50,7 @@ pub(super) enum Command {
     Grant(u64, oneshot::Sender<Result<LeaseId>>),
     Revoke(LeaseId, oneshot::Sender<Result<()>>),
     Compact(Revision, oneshot::Sender<Result<()>>),
+    Defragment(oneshot::Sender<Result<()>>),
 }
 
 impl Command {
@@ -62,7 +69,7 @@ impl Command {
     fn frees_room(&self) -> bool {
         match self {
             Self::Txn(txn, _) => txn.then.iter().all(|op| matches!(op, Op::Delete(_))),
-            Self::Revoke(..) | Self::Compact(..) => true,
+            Self::Revoke(..) | Self::Compact(..) | Self::Defragment(..) => true,
             Self::Grant(..) => false,
         }
     }
@@ -72,7 +79,9 @@ impl Command {
         match self {
             Self::Txn(_, reply) => drop(reply.send(Err(error))),
             Self::Grant(_, reply) => drop(reply.send(Err(error))),
-            Self::Revoke(_, reply) | Self::Compact(_, reply) => drop(reply.send(Err(error))),
+            Self::Revoke(_, reply) | Self::Compact(_, reply) | Self::Defragment(reply) => {
+                drop(reply.send(Err(error)));
+            }
         }
     }
 }
@@ -110,12 +119,32 @@ pub(super) struct Shared {
     /// What an operator should know about writing, and since when the batch that runs now does.
     pub(super) trouble: Mutex<Option<String>>,
     pub(super) batch_since: Mutex<Option<Instant>>,
+    /// Whether the writer has ended, for the thread that looks at the clock.
+    pub(super) ended: Mutex<bool>,
+    pub(super) ending: Condvar,
+}
+
+impl Shared {
+    /// Looks at the clock until the writer has ended: see [`super::lease`].
+    pub(super) fn watch_the_clock(&self) {
+        let mut ended = self.ended.lock();
+        while !*ended {
+            self.leases.lock().tick(Instant::now());
+            self.ending.wait_for(&mut ended, TICK);
+        }
+    }
+
+    /// Ends the thread that looks at the clock.
+    pub(super) fn end(&self) {
+        *self.ended.lock() = true;
+        self.ending.notify_all();
+    }
 }
 
 /// How the writer is tuned; see [`super::EmbeddedOptions`].
 #[derive(Clone, Copy)]
 pub(super) struct Tuning {
-    pub(super) auto_compact_revisions: u64,
+    pub(super) kept: Kept,
 }
 
 pub(super) struct Writer {
@@ -138,7 +167,7 @@ struct Applied {
     answers: Vec<Answer>,
     granted: Vec<(LeaseId, Duration)>,
     ended: Vec<LeaseId>,
-    trimmed: usize,
+    trimming: bool,
 }
 
 impl Writer {
@@ -184,12 +213,64 @@ impl Writer {
                     break;
                 }
             }
+            let defragment: Vec<_> =
+                queued.extract_if(.., |command| matches!(command, Command::Defragment(_))).collect();
+            if !defragment.is_empty() {
+                self.defragment_for(defragment).await;
+            }
             let most = if self.shared.disk.room.is_short() { MAX_FREEING_BATCH } else { MAX_BATCH };
             let rest = queued.split_off(batch_len(&queued, most));
             let batch = std::mem::replace(&mut queued, rest);
             self.step(batch);
         }
         self.shared.disk.close();
+    }
+
+    /// Makes the file smaller, once for everybody who asked.
+    async fn defragment_for(&mut self, asked: Vec<Command>) {
+        let mut failed = None;
+        if self.failed || self.poisoned {
+            failed = Some(self.refusal());
+        } else if let Err(error) = self.defragment().await {
+            let place = self.shared.disk.place();
+            tracing::error!(dir = %place, %error, "making the file smaller failed");
+            failed = Some(self.shared.disk.io_error("making the file smaller", error.to_string().into()));
+            // As after any failed write, what is on disk is found out by opening the file again.
+            self.failed = true;
+            self.recover();
+        }
+        for command in asked {
+            let Command::Defragment(reply) = command else { continue };
+            let outcome = match &failed {
+                None => Ok(()),
+                Some(error) => {
+                    Err(self.shared.disk.io_error("making the file smaller", error.to_string().into()))
+                }
+            };
+            drop(reply.send(outcome));
+        }
+    }
+
+    /// Takes the file away from reads, waits for those that go on, and lets the database move its pages together.
+    async fn defragment(&mut self) -> std::result::Result<(), redb::CompactionError> {
+        let Some(mut database) = self.shared.disk.begin_compaction() else { return Ok(()) };
+        let deadline = Instant::now() + READS_END;
+        let outcome = loop {
+            match database.compact() {
+                Ok(_) => break Ok(()),
+                Err(redb::CompactionError::TransactionInProgress) if Instant::now() < deadline => {
+                    tokio::time::sleep(READS_POLL).await;
+                }
+                Err(redb::CompactionError::TransactionInProgress) => {
+                    tracing::warn!("the file was not made smaller: a read lasted longer than {READS_END:?}");
+                    break Ok(());
+                }
+                Err(error) => break Err(error),
+            }
+        };
+        let kept = outcome.is_ok().then_some(database);
+        self.shared.disk.end_compaction(kept);
+        outcome
     }
 
     /// When there is something to do even if nobody asks.
@@ -274,7 +355,7 @@ impl Writer {
                 return Err(error);
             }
         };
-        let trim_step = if self.shared.disk.room.is_short() { SHORT_TRIM_STEP } else { TRIM_STEP };
+        let short = self.shared.disk.room.is_short();
         let mut commands = batch.into_iter();
         let applied = (|| {
             let mut tables = Tables::open(&txn)?;
@@ -286,10 +367,9 @@ impl Writer {
             for command in commands.by_ref() {
                 apply_command(&mut applier, command, answers, &mut granted, &mut ended)?;
             }
-            let (mut meta, revised) = (applier.meta, applier.revised);
-            let automatic = meta.revision.saturating_sub(self.tuning.auto_compact_revisions);
-            meta.oldest = meta.oldest.max(automatic);
-            let trimmed = trim(&mut tables, meta.oldest, trim_step)?;
+            let (mut meta, revised, changed) = (applier.meta, applier.revised, applier.changed);
+            let step = if short { SHORT_TRIM_STEP } else { TRIM_STEP.max(TRIM_FACTOR * changed) };
+            let trimmed = trim(&mut tables, &mut meta, self.tuning.kept, step)?;
             if meta != self.meta {
                 tables.set_meta(meta)?;
             }
@@ -302,18 +382,17 @@ impl Writer {
                 return Err(error);
             }
         };
-        if meta != self.meta || trimmed > 0 || !ended.is_empty() {
+        if meta != self.meta || trimmed.rows > 0 || !ended.is_empty() {
             txn.commit()?;
         } else {
             // Nothing but refusals: there is nothing to flush.
             txn.abort()?;
         }
-        Ok(Applied { meta, revised, answers: Vec::new(), granted, ended, trimmed })
+        Ok(Applied { meta, revised, answers: Vec::new(), granted, ended, trimming: trimmed.more })
     }
 
     fn publish(&mut self, applied: Applied) {
-        // A step that did not use its limit up found the end.
-        self.trimming = applied.trimmed >= SHORT_TRIM_STEP;
+        self.trimming = applied.trimming;
         let moved = applied.meta.revision != self.meta.revision;
         self.meta = applied.meta;
         {
@@ -396,7 +475,7 @@ impl Answer {
         match command {
             Command::Txn(_, reply) => Self::Txn(reply, Err(StoreError::Closed)),
             Command::Grant(_, reply) => Self::Grant(reply, LeaseId(0)),
-            Command::Revoke(_, reply) | Command::Compact(_, reply) => {
+            Command::Revoke(_, reply) | Command::Compact(_, reply) | Command::Defragment(reply) => {
                 Self::Done(reply, Err(StoreError::Closed))
             }
         }
@@ -444,6 +523,8 @@ fn apply_command(
             };
             answers.push(Answer::Done(reply, outcome));
         }
+        // Taken out of every batch before it is applied.
+        Command::Defragment(reply) => answers.push(Answer::Done(reply, Ok(()))),
     }
     Ok(())
 }

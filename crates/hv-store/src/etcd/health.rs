@@ -59,7 +59,7 @@ pub(super) async fn health(members: &Members) -> Result<Health> {
     })
 }
 
-async fn status(members: &Members, index: usize) -> Option<StatusResponse> {
+pub(super) async fn status(members: &Members, index: usize) -> Option<StatusResponse> {
     let asked = async { members.member(index).await?.maintenance.status().await };
     timeout(PATIENCE, asked).await.ok()?.ok()
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use hv_store::conformance;
 use hv_store::embedded::{EmbeddedOptions, EmbeddedStore};
+use hv_store::upkeep::{self, Upkeep};
 use hv_store::{KeyRange, Op, RangeRequest, Revision, SharedStore, Store, StoreError, StoreExt, Txn};
 use tempfile::TempDir;
 
@@ -42,7 +43,7 @@ macro_rules! chapters {
         }
     )*};
 }
-chapters!(keys, transactions, watches, history, compaction, leases, races);
+chapters!(keys, transactions, watches, history, compaction, upkeep, leases, races);
 
 #[tokio::test]
 async fn everything_survives_closing() {
@@ -220,4 +221,51 @@ async fn a_file_of_something_else_is_refused() {
     fs::write(dir.path().join("store.redb"), vec![b'?'; 10_000]).unwrap();
     let refused = EmbeddedStore::open(dir.path(), options()).err();
     assert!(matches!(refused, Some(StoreError::Io { .. })), "{refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn history_is_bounded_in_bytes_too_and_the_count_survives_opening() {
+    let limit = 2 << 20;
+    let bounded = EmbeddedOptions { max_history_bytes: limit, recent_bytes: 0, ..options() };
+    let (dir, store) = fresh_with(bounded.clone());
+    let value = vec![b'v'; 10_000];
+    for round in 0..2 {
+        let store = if round == 0 {
+            store.clone()
+        } else {
+            store.close().await;
+            EmbeddedStore::open(dir.path(), bounded.clone()).unwrap()
+        };
+        let mut last = Revision(0);
+        for _ in 0..600 {
+            last = store.put("a", value.clone()).await.unwrap();
+        }
+        let oldest = store.status().await.unwrap().oldest.unwrap();
+        let kept = last.0 - oldest.0;
+        assert!((150..=220).contains(&kept), "{kept} revisions of 10 kB in 2 MiB, round {round}");
+        assert!(store.range(everything(Some(oldest))).await.is_ok());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_upkeep_compacts_as_time_passes_and_ends_when_told() {
+    let (_dir, store) = fresh();
+    let upkeep = Upkeep {
+        keep_for: Duration::from_millis(300),
+        every: Duration::from_millis(50),
+        ..Upkeep::default()
+    };
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let running = tokio::spawn(upkeep::run(store.clone(), upkeep, async move { drop(stopped.await) }));
+    let first = store.put("a", "1").await.unwrap();
+    let second = store.put("a", "2").await.unwrap();
+    assert!(store.range(everything(Some(first))).await.is_ok(), "it is younger than it must be");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while store.status().await.unwrap().oldest < Some(second) {
+        assert!(Instant::now() < deadline, "nothing is compacted");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(store.range(everything(Some(second))).await.is_ok());
+    stop.send(()).unwrap();
+    running.await.unwrap();
 }

@@ -24,10 +24,10 @@ macro_rules! chapters {
 
 mod v3_4 {
     use super::*;
-    chapters!(EtcdVersion::V3_4, keys, transactions, watches, history, compaction, leases, races);
+    chapters!(EtcdVersion::V3_4, keys, transactions, watches, history, compaction, upkeep, leases, races);
 }
 
 mod v3_5 {
     use super::*;
-    chapters!(EtcdVersion::V3_5, keys, transactions, watches, history, compaction, leases, races);
+    chapters!(EtcdVersion::V3_5, keys, transactions, watches, history, compaction, upkeep, leases, races);
 }

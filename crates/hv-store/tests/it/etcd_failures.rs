@@ -371,24 +371,3 @@ async fn a_missing_certificate_is_named() {
     let refused = EtcdStore::connect(options).await.err();
     assert!(matches!(&refused, Some(StoreError::Io { path, .. }) if path == "no/such/ca.pem"), "{refused:?}");
 }
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_used_up_quota_is_reported_and_reading_goes_on() {
-    for version in [EtcdVersion::V3_4, EtcdVersion::V3_5] {
-        let spec = EtcdSpec { version, members: 1, tls: false, quota_bytes: Some(8 << 20) };
-        let Some(server) = EtcdServer::start_with(spec).await else { continue };
-        let store: SharedStore = EtcdStore::connect(impatient(&server)).await.unwrap();
-        store.put("first", "1").await.unwrap();
-        let full = async {
-            for index in 0..1000 {
-                store.put(index.to_string(), vec![b'v'; 100_000]).await?;
-            }
-            Ok(())
-        };
-        let error: StoreError = full.await.expect_err("8 MiB do not hold 100 MB");
-        assert!(matches!(error, StoreError::Full(_)) && error.retryable(), "{error:?}");
-        assert!(store.get("first").await.unwrap().is_some());
-        let warnings = store.health().await.unwrap().warnings;
-        assert!(warnings.iter().any(|warning| warning.contains("quota")), "{warnings:?}");
-    }
-}

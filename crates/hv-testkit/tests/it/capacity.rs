@@ -42,7 +42,9 @@ async fn as_many_as_fit(store: TestStore) -> Result<()> {
     let mut cluster = Cluster::start(store.options()).await?;
     for _ in 0..NODES {
         let capacity = Some((u32::try_from(CORES)?, 1 << 40));
-        cluster.add_agent(AgentOptions { drivers: vec!["fake"], capacity, image_dir: None }).await?;
+        cluster
+            .add_agent(AgentOptions { drivers: vec!["fake"], capacity, ..AgentOptions::default() })
+            .await?;
     }
     cluster.until_ready(i32::try_from(NODES)?).await?;
     let outcome = fill_and_free(&cluster).await;

@@ -48,7 +48,8 @@ async fn a_machine_outlives_its_agent_and_is_taken_over_untouched() -> Result<()
 #[tokio::test(flavor = "multi_thread")]
 async fn a_drain_moves_what_may_lose_its_disk_and_names_what_may_not() -> Result<()> {
     let mut cluster = Cluster::start(ClusterOptions::default()).await?;
-    let options = AgentOptions { drivers: vec!["fake"], capacity: Some((8, 8 << 30)), image_dir: None };
+    let options =
+        AgentOptions { drivers: vec!["fake"], capacity: Some((8, 8 << 30)), ..AgentOptions::default() };
     cluster.add_agent(options.clone()).await?;
     cluster.until_ready(1).await?;
     let client = cluster.clients()?.compute();
@@ -59,6 +60,7 @@ async fn a_drain_moves_what_may_lose_its_disk_and_names_what_may_not() -> Result
 
     let drain = |discard_local_disks| {
         let request = v1::DrainNodeRequest {
+            max_parallel: 0,
             node_id: "node-0".into(),
             discard_local_disks,
             request_key: String::new(),

@@ -26,7 +26,7 @@ pub const MAX_USER_DATA_BYTES: usize = 256 << 10;
 pub const MAX_PROCESS_BYTES: usize = 256 << 10;
 
 /// What an instance is made of.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct InstanceSpec {
     /// The image it starts from; may be empty if a kernel is given.
     pub image: String,
@@ -59,7 +59,7 @@ pub struct InstanceSpec {
 }
 
 /// One more disk.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DiskSpec {
     /// Its name, unique in the instance.
     pub name: String,
@@ -72,7 +72,7 @@ pub struct DiskSpec {
 }
 
 /// How an instance is connected.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct NetworkSpec {
     /// Which network; empty for the driver's own.
     pub network_id: String,
@@ -85,7 +85,7 @@ pub struct NetworkSpec {
 }
 
 /// A volume in an instance.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct VolumeMount {
     /// Which volume.
     pub name: String,
@@ -96,7 +96,7 @@ pub struct VolumeMount {
 }
 
 /// Bounds beyond cores and memory; 0 is no bound.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ResourceLimits {
     /// Microseconds of processor time in each period.
     pub cpu_quota: i64,

@@ -9,6 +9,7 @@ use super::*;
 use crate::entry::Order;
 
 const BOOT: &str = "boot-1";
+const NOW: At<'static> = At { boot_id: BOOT, at: Moment(1_000_000_000_000) };
 
 fn order(generation: u64, wanted: Wanted, restart_generation: u64) -> Order {
     let id = "i-1".parse().unwrap();
@@ -25,6 +26,8 @@ fn order(generation: u64, wanted: Wanted, restart_generation: u64) -> Order {
         wanted,
         restart_generation,
         stop: StopOptions::default(),
+        fence: false,
+        restart_policy: RestartPolicy::Never,
     }
 }
 
@@ -74,20 +77,20 @@ fn what_is_wanted_is_pursued_step_by_step() {
         (discarding.clone(), running(), Next::Do(Step::Delete)),
         (discarding, Absent, Next::Note(Note::Discarded)),
     ] {
-        assert_eq!(next_step(&entry, &seen, BOOT), expected, "{:?} {seen:?}", entry.wanted);
+        assert_eq!(next_step(&entry, &seen, &NOW), expected, "{:?} {seen:?}", entry.wanted);
     }
 }
 
 #[test]
 fn disks_that_vanished_are_not_replaced_in_silence() {
     let entry = Entry { created: true, ..entry(Wanted::Running) };
-    assert!(matches!(next_step(&entry, &Observed::Absent, BOOT), Next::Fail(_)));
+    assert!(matches!(next_step(&entry, &Observed::Absent, &NOW), Next::Fail(_)));
 }
 
 fn settled(exit: Exit, boot_id: &str) -> Next {
     let mut entry = Entry { created: true, ..entry(Wanted::Running) };
     entry.finish();
-    next_step(&entry, &Observed::Stopped(exit), boot_id)
+    next_step(&entry, &Observed::Stopped(exit), &At { boot_id, ..NOW })
 }
 
 #[test]
@@ -110,7 +113,7 @@ fn after_a_boot_of_the_node_what_ran_runs_again() {
     assert_eq!(settled(Exit::Lost, "boot-2"), Next::Note(Note::Revive));
     let mut known = Entry { created: true, last_exit: Some(Exit::Lost), ..entry(Wanted::Running) };
     known.finish();
-    let next = next_step(&known, &Observed::Stopped(Exit::Lost), "boot-2");
+    let next = next_step(&known, &Observed::Stopped(Exit::Lost), &At { boot_id: "boot-2", ..NOW });
     assert!(matches!(next, Next::Rest(InstanceState::Failed, _)), "it was lost before the boot: {next:?}");
 }
 
@@ -118,7 +121,10 @@ fn after_a_boot_of_the_node_what_ran_runs_again() {
 fn what_was_found_is_left_alone_whatever_it_does() {
     let found = Entry::found("i-1".parse().unwrap(), InstanceType::Vm, "fake");
     for seen in [Observed::Absent, running(), paused(), Observed::Stopped(Exit::Lost), stopped()] {
-        assert!(matches!(next_step(&found, &seen, "boot-9"), Next::Rest(..)), "{seen:?}");
+        assert!(
+            matches!(next_step(&found, &seen, &At { boot_id: "boot-9", ..NOW }), Next::Rest(..)),
+            "{seen:?}"
+        );
     }
 }
 
@@ -159,16 +165,16 @@ fn settle(
 ) -> Result<InstanceState, String> {
     const MOST_STEPS: u32 = 16;
     for _ in 0..MOST_STEPS {
-        match next_step(entry, &model.seen, BOOT) {
-            Next::Rest(state, _) => return Ok(state),
+        match next_step(entry, &model.seen, &NOW) {
+            Next::Rest(state, _) | Next::Later(state, ..) => return Ok(state),
             Next::Fail(reason) => return Err(reason.into()),
-            Next::Note(note) => remember(entry, note, &model.seen, BOOT),
+            Next::Note(note) => remember(entry, note, &model.seen, &NOW),
             Next::Do(step) => {
                 model.apply(step)?;
                 let is_crash = crash_after == Some(0);
                 crash_after = crash_after.and_then(|left| left.checked_sub(1));
                 if !is_crash {
-                    done(entry, step, entry.serial, None, BOOT);
+                    done(entry, step, entry.serial, None, &NOW);
                 }
             }
         }
@@ -211,4 +217,89 @@ proptest! {
         settle(&mut entry, &mut model, None).map_err(TestCaseError::fail)?;
         prop_assert!(entry.gone && model.seen == Observed::Absent);
     }
+}
+
+fn ended(policy: RestartPolicy) -> Entry {
+    let mut entry = Entry { created: true, restart_policy: policy, ..entry(Wanted::Running) };
+    entry.finish();
+    entry
+}
+
+#[test]
+fn what_ends_by_itself_is_started_again_as_its_policy_says() {
+    use RestartPolicy::{Always, Never, OnFailure};
+    let failed = Exit::Failed("exit code 3".into());
+    for (policy, exit, expected) in [
+        (Never, failed.clone(), false),
+        (OnFailure, failed.clone(), true),
+        (Always, failed, true),
+        (Never, Exit::Finished, false),
+        (OnFailure, Exit::Finished, false),
+        (Always, Exit::Finished, true),
+        (OnFailure, Exit::Lost, true),
+        (Always, Exit::Stopped, false),
+        (Always, Exit::NeverStarted, false),
+    ] {
+        let next = next_step(&ended(policy), &Observed::Stopped(exit.clone()), &NOW);
+        assert_eq!(next == Next::Note(Note::Planned), expected, "{policy:?} {exit:?}: {next:?}");
+    }
+}
+
+#[test]
+fn what_was_fenced_is_started_again_whatever_its_policy() {
+    let mut entry = ended(RestartPolicy::Never);
+    let seen = Observed::Stopped(Exit::Fenced);
+    assert_eq!(next_step(&entry, &seen, &NOW), Next::Note(Note::Again));
+    remember(&mut entry, Note::Again, &seen, &NOW);
+    assert_eq!(next_step(&entry, &seen, &NOW), Next::Do(Step::Start));
+    assert_eq!(entry.restarts.count, 1);
+    let stopped = Entry { wanted: Wanted::Stopped, ..ended(RestartPolicy::Always) };
+    assert!(matches!(next_step(&stopped, &seen, &NOW), Next::Rest(InstanceState::Stopped, _)));
+}
+
+#[test]
+fn pauses_between_starts_double_and_begin_anew_after_a_long_run() {
+    let mut entry = ended(RestartPolicy::OnFailure);
+    let seen = Observed::Stopped(Exit::Failed("exit code 3".into()));
+    let mut now = NOW;
+    let mut pauses = Vec::new();
+    for round in 1..=11 {
+        assert_eq!(next_step(&entry, &seen, &now), Next::Note(Note::Planned));
+        remember(&mut entry, Note::Planned, &seen, &now);
+        let Next::Later(InstanceState::Failed, reason, due) = next_step(&entry, &seen, &now) else {
+            panic!("it does not wait")
+        };
+        if round == 4 {
+            assert_eq!(reason, "failed with exit code 3; started again after 8 s (4th time)");
+        }
+        pauses.push(due.since(now.at).as_secs());
+        now.at = due;
+        assert_eq!(next_step(&entry, &seen, &now), Next::Note(Note::Again));
+        remember(&mut entry, Note::Again, &seen, &now);
+        let serial = entry.serial;
+        done(&mut entry, Step::Start, serial, None, &now);
+        assert_eq!(entry.restarts.count, round);
+    }
+    assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]);
+    now.at = now.at.after(RESTART_RESET);
+    remember(&mut entry, Note::Planned, &seen, &now);
+    assert_eq!(now.of_this_boot(entry.restarts.due.as_ref()), Some(now.at.after(RESTART_BASE)));
+}
+
+#[test]
+fn a_pause_outlives_the_agent_but_not_the_boot() {
+    let mut entry = ended(RestartPolicy::Always);
+    let seen = Observed::Stopped(Exit::Finished);
+    remember(&mut entry, Note::Planned, &seen, &NOW);
+    let text = serde_json::to_vec(&entry).unwrap();
+    let read: Entry = serde_json::from_slice(&text).unwrap();
+    assert!(matches!(next_step(&read, &seen, &NOW), Next::Later(InstanceState::Stopped, ..)));
+    let booted = At { boot_id: "boot-2", at: Moment(1) };
+    assert_eq!(next_step(&read, &seen, &booted), Next::Note(Note::Planned));
+}
+
+#[test]
+fn ordinals_are_spelled_as_people_do() {
+    let spelled: Vec<_> = [1, 2, 3, 4, 11, 12, 13, 21, 102, 113].map(ordinal).into();
+    assert_eq!(spelled, ["1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "102nd", "113th"]);
 }

@@ -1,5 +1,7 @@
 //! Consoles, commands and logs: both directions between a caller's stream and a driver's.
 
+use std::time::Duration;
+
 use futures::StreamExt as _;
 use hv_driver::{ExecOutput, ExecRequest, Input, LogRequest, TerminalSize};
 use hv_proto::v1;
@@ -10,6 +12,7 @@ use hv_types::ServiceError;
 use tokio::sync::mpsc;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::deadline::{ask, budget};
 use super::{Answer, Outgoing, Service, driver_error, id_from, refuse};
 
 /// The metadata key that names the instance of a console for callers that send no `attach`.
@@ -96,6 +99,7 @@ impl Service {
     ) -> Answer<Outgoing<v1::AgentConsoleOutput>> {
         let named =
             request.metadata().get(INSTANCE_ID_KEY).and_then(|id| id.to_str().ok()).map(str::to_owned);
+        let patience = self.patience(&request);
         let mut incoming = request.into_inner();
         let (id, first) = match named {
             Some(id) => (id, None),
@@ -113,7 +117,7 @@ impl Service {
             },
         };
         let id = id_from(&id)?;
-        let console = self.driver_of(&id)?.console(&id).await.map_err(|e| driver_error(&e))?;
+        let console = ask(patience, self.driver_of(&id)?.console(&id)).await?;
         if let Some(input) = first.map(console_input).transpose()?.flatten() {
             // A console that ended already shows that in its output.
             let _ = console.input.try_send(input);
@@ -130,6 +134,8 @@ impl Service {
         &self,
         request: Request<Streaming<v1::ExecInput>>,
     ) -> Answer<Outgoing<v1::ExecOutput>> {
+        // A guest's agent may be slow to wake.
+        let patience = budget(&request, self.instances.context().tuning.step_deadline);
         let mut incoming = request.into_inner();
         let Some(ExecIn::Start(start)) = incoming.message().await?.and_then(|message| message.input) else {
             return Err(invalid("the first message must be `start`"));
@@ -140,7 +146,7 @@ impl Service {
         let id = id_from(&start.instance_id)?;
         let tty = start.tty.map_or(Ok(None), |tty| size(tty.width, tty.height))?;
         let request = ExecRequest { command: start.command, env: start.env.into_iter().collect(), tty };
-        let exec = self.driver_of(&id)?.exec(&id, request).await.map_err(|e| driver_error(&e))?;
+        let exec = ask(patience, self.driver_of(&id)?.exec(&id, request)).await?;
         tokio::spawn(forward(incoming, exec.input, exec_input, true));
         let output = exec.output.map(|item| {
             let output = match item.map_err(|e| driver_error(&e))? {
@@ -153,7 +159,11 @@ impl Service {
         Ok(self.outgoing(output))
     }
 
-    pub(super) async fn logs(&self, request: v1::GetInstanceLogsRequest) -> Answer<Outgoing<v1::LogChunk>> {
+    pub(super) async fn logs(
+        &self,
+        request: v1::GetInstanceLogsRequest,
+        patience: Duration,
+    ) -> Answer<Outgoing<v1::LogChunk>> {
         let id = id_from(&request.instance_id)?;
         let tail_lines = match u64::try_from(request.tail_lines) {
             Ok(0) => None,
@@ -166,7 +176,7 @@ impl Service {
             }
         };
         let wanted = LogRequest { tail_lines, follow: request.follow };
-        let log = self.driver_of(&id)?.logs(&id, wanted).await.map_err(|e| driver_error(&e))?;
+        let log = ask(patience, self.driver_of(&id)?.logs(&id, wanted)).await?;
         let chunks = log.map(|data| match data {
             Ok(data) => Ok(v1::LogChunk { data }),
             Err(error) => Err(driver_error(&error)),

@@ -28,6 +28,8 @@ fn what_cannot_be_used_is_refused_with_its_key() {
         ("agent: {node_id: 'a/b'}", "agent.node_id"),
         ("agent: {server_addr: nonsense}", "agent.server_addr"),
         ("agent: {server_addr: 'https://a:1'}", "agent.server_addr"),
+        ("agent: {server_addr: 'a:1,nonsense'}", "agent.server_addr"),
+        ("agent: {fencing: {margin: 100ms}}", "agent.fencing.margin"),
         ("agent: {port: 1, grpc_address: ':2'}", "agent.port"),
         ("agent: {labels: {'a b': c}}", "agent.labels"),
         ("agent: {state_dir: ''}", "agent.state_dir"),

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use futures::{Stream, StreamExt as _};
 use hv_proto::v1;
@@ -34,6 +35,18 @@ pub(crate) struct State {
     pub(crate) retries: u32,
     /// Reports of what is not bound are accepted instead of released.
     pub(crate) is_lenient: bool,
+    /// How long a lease lives; 0: as the seconds say, as servers of an older release do.
+    pub(crate) lease_ttl_ms: u64,
+    /// How often heartbeats are wanted; 0: as the seconds say.
+    pub(crate) heartbeat_ms: u64,
+    /// The operator holds failover.
+    pub(crate) failover_held: bool,
+    /// Registrations and heartbeats are answered so late.
+    pub(crate) answers_after: Duration,
+    /// Heartbeats of a node that does not fence get no answer.
+    pub(crate) ignores_unarmed: bool,
+    /// When the last registration or heartbeat came.
+    pub(crate) renewed_at: Option<SystemTime>,
 }
 
 #[derive(Clone)]
@@ -164,6 +177,11 @@ pub(crate) fn assignment(id: &str) -> v1::Assignment {
     }
 }
 
+/// The same, to be started elsewhere when the node is lost.
+pub(crate) fn guarded(id: &str) -> v1::Assignment {
+    v1::Assignment { fence: true, ..assignment(id) }
+}
+
 /// The same with a script for the fake driver.
 pub(crate) fn scripted(id: &str, script: &[(&str, &str)]) -> v1::Assignment {
     let annotations =
@@ -234,17 +252,25 @@ impl ClusterService for Service {
         request: Request<v1::RegisterNodeRequest>,
     ) -> Result<Response<v1::RegisterNodeResponse>, Status> {
         let request = request.into_inner();
-        let mut state = self.state.lock();
-        if !request.cluster_id.is_empty() && request.cluster_id != state.cluster_id {
-            return Err(Status::failed_precondition(format!("this is cluster {}", state.cluster_id)));
-        }
-        let response = v1::RegisterNodeResponse {
-            node_id: request.node_id.clone(),
-            heartbeat_interval_seconds: 1,
-            lease_ttl_seconds: 3,
-            cluster_id: state.cluster_id.clone(),
+        let (response, late) = {
+            let mut state = self.state.lock();
+            if !request.cluster_id.is_empty() && request.cluster_id != state.cluster_id {
+                return Err(Status::failed_precondition(format!("this is cluster {}", state.cluster_id)));
+            }
+            let response = v1::RegisterNodeResponse {
+                node_id: request.node_id.clone(),
+                heartbeat_interval_seconds: 1,
+                lease_ttl_seconds: 3,
+                cluster_id: state.cluster_id.clone(),
+                heartbeat_interval_ms: state.heartbeat_ms,
+                lease_ttl_ms: state.lease_ttl_ms,
+                failover_held: state.failover_held,
+            };
+            state.registrations.push(request);
+            state.renewed_at = Some(SystemTime::now());
+            (response, state.answers_after)
         };
-        state.registrations.push(request);
+        tokio::time::sleep(late).await;
         Ok(Response::new(response))
     }
 
@@ -252,10 +278,28 @@ impl ClusterService for Service {
         &self,
         request: Request<v1::HeartbeatRequest>,
     ) -> Result<Response<v1::HeartbeatResponse>, Status> {
-        let mut state = self.state.lock();
-        state.heartbeats.push(request.into_inner());
-        let accepted = !std::mem::take(&mut state.forget_node);
-        Ok(Response::new(v1::HeartbeatResponse { accepted, next_heartbeat_seconds: 1, ..Default::default() }))
+        let (response, late) = {
+            let mut state = self.state.lock();
+            let request = request.into_inner();
+            let is_unarmed = request.fencing.as_ref().is_some_and(|fencing| !fencing.armed);
+            let late = match state.ignores_unarmed && is_unarmed {
+                true => Duration::from_secs(60),
+                false => state.answers_after,
+            };
+            state.heartbeats.push(request);
+            let response = v1::HeartbeatResponse {
+                accepted: !std::mem::take(&mut state.forget_node),
+                next_heartbeat_seconds: 1,
+                next_heartbeat_ms: state.heartbeat_ms,
+                lease_ttl_ms: state.lease_ttl_ms,
+                failover_held: state.failover_held,
+                ..Default::default()
+            };
+            state.renewed_at = Some(SystemTime::now());
+            (response, late)
+        };
+        tokio::time::sleep(late).await;
+        Ok(Response::new(response))
     }
 
     async fn deregister_node(
@@ -276,6 +320,21 @@ impl ClusterService for Service {
     async fn update_node_status(
         &self,
         _: Request<v1::UpdateNodeStatusRequest>,
+    ) -> Result<Response<v1::Node>, Status> {
+        unused()
+    }
+    async fn update_node(&self, _: Request<v1::UpdateNodeRequest>) -> Result<Response<v1::Node>, Status> {
+        unused()
+    }
+    async fn set_node_failover(
+        &self,
+        _: Request<v1::SetNodeFailoverRequest>,
+    ) -> Result<Response<v1::Node>, Status> {
+        unused()
+    }
+    async fn confirm_node_down(
+        &self,
+        _: Request<v1::ConfirmNodeDownRequest>,
     ) -> Result<Response<v1::Node>, Status> {
         unused()
     }

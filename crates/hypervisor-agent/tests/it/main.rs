@@ -4,8 +4,11 @@ mod config;
 mod control;
 mod crashes;
 mod failures;
+#[cfg(target_os = "linux")]
+mod fencing;
 mod lifecycle;
 mod local;
 mod node;
+mod policies;
 mod registration;
 mod releases;

@@ -69,8 +69,14 @@ impl Node {
             look_deadline: Duration::from_secs(2),
             create_deadline: Duration::from_secs(10),
             step_deadline: Duration::from_secs(10),
+            ..Tuning::default()
         };
         Self { dir, server: control.address.to_string(), config, tuning, running: None }
+    }
+
+    /// This control plane may be dialled as well.
+    pub(crate) fn also(&mut self, control: &Control) {
+        self.server = format!("{}, {}", self.server, control.address);
     }
 
     /// A node whose agent runs.

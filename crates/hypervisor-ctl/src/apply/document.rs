@@ -24,6 +24,8 @@ pub(crate) struct Desired {
     pub(crate) project: String,
     /// The fields of the specification that the document gives, by their name in JSON.
     pub(crate) given: Vec<&'static str>,
+    /// The fields beside the specification that the document gives and that cannot change, by their name in JSON.
+    pub(crate) given_rules: Vec<&'static str>,
     /// What is to be, if it is said.
     pub(crate) wanted: Option<Wanted>,
     /// Whole; absent: as it is.
@@ -126,6 +128,13 @@ struct Document {
     preferred_node_id: String,
     #[serde(default, alias = "nodeSelector")]
     node_selector: BTreeMap<String, String>,
+    #[serde(default, alias = "restartPolicy")]
+    restart_policy: Option<Restart>,
+    #[serde(default, alias = "failoverPolicy")]
+    failover_policy: Option<Failover>,
+    /// As the wire spells it.
+    #[serde(default)]
+    placement: Option<v1::PlacementRules>,
     // What only the server sets.
     #[serde(default, rename = "id", deserialize_with = "ignored")]
     _id: (),
@@ -154,6 +163,32 @@ struct Document {
     _observed_generation: (),
     #[serde(default, rename = "epoch", deserialize_with = "ignored")]
     _epoch: (),
+    #[serde(default, rename = "restart_count", alias = "restartCount", deserialize_with = "ignored")]
+    _restart_count: (),
+    #[serde(default, rename = "recovery_note", alias = "recoveryNote", deserialize_with = "ignored")]
+    _recovery_note: (),
+    #[serde(default, rename = "set", deserialize_with = "ignored")]
+    _set: (),
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Restart {
+    #[serde(alias = "RESTART_POLICY_NEVER")]
+    Never,
+    #[serde(alias = "RESTART_POLICY_ON_FAILURE")]
+    OnFailure,
+    #[serde(alias = "RESTART_POLICY_ALWAYS")]
+    Always,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Failover {
+    #[serde(alias = "FAILOVER_POLICY_NEVER")]
+    Never,
+    #[serde(alias = "FAILOVER_POLICY_RESTART")]
+    Restart,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -284,6 +319,15 @@ impl Document {
             return Err(refuse("spec: memory and memory_bytes say the same, leave one of them out"));
         }
         let given = self.spec.given();
+        let rules = [
+            ("restartPolicy", self.restart_policy.is_some()),
+            ("failoverPolicy", self.failover_policy.is_some()),
+            ("placement", self.placement.is_some()),
+            ("region", !self.region.is_empty()),
+            ("zone", !self.zone.is_empty()),
+            ("nodeSelector", !self.node_selector.is_empty()),
+        ];
+        let given_rules = rules.into_iter().filter_map(|(name, given)| given.then_some(name)).collect();
         let metadata = v1::Metadata {
             labels: self.metadata.labels.clone().unwrap_or_default().into_iter().collect(),
             annotations: self.metadata.annotations.clone().unwrap_or_default().into_iter().collect(),
@@ -298,6 +342,9 @@ impl Document {
             zone: self.zone,
             node_selector: self.node_selector.into_iter().collect(),
             project: self.project.clone(),
+            restart_policy: self.restart_policy.map_or(0, |policy| policy.wire() as i32),
+            failover_policy: self.failover_policy.map_or(0, |policy| policy.wire() as i32),
+            placement: self.placement,
             ..Default::default()
         };
         Ok(Desired {
@@ -305,11 +352,31 @@ impl Document {
             name: self.name,
             project: self.project,
             given,
+            given_rules,
             wanted: self.wanted,
             labels: self.metadata.labels,
             annotations: self.metadata.annotations,
             request,
         })
+    }
+}
+
+impl Restart {
+    fn wire(self) -> v1::RestartPolicy {
+        match self {
+            Self::Never => v1::RestartPolicy::Never,
+            Self::OnFailure => v1::RestartPolicy::OnFailure,
+            Self::Always => v1::RestartPolicy::Always,
+        }
+    }
+}
+
+impl Failover {
+    fn wire(self) -> v1::FailoverPolicy {
+        match self {
+            Self::Never => v1::FailoverPolicy::Never,
+            Self::Restart => v1::FailoverPolicy::Restart,
+        }
     }
 }
 

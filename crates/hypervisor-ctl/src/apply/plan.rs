@@ -139,18 +139,21 @@ fn refuse_immutable(desired: &Desired, existing: &v1::Instance) -> Result<(), Ct
     if new != v1::InstanceType::Unspecified && new != now {
         return Err(refuse("type", type_name(now), type_name(new)));
     }
-    let spec = |spec: &Option<v1::InstanceSpec>| {
-        serde_json::to_value(spec.clone().unwrap_or_default()).unwrap_or_default()
+    let spec = |spec: &Option<v1::InstanceSpec>| json(&spec.clone().unwrap_or_default());
+    let differs = |(now, new): (&Value, &Value), fields: &[&str], prefix: &str| {
+        let field = fields.iter().find(|field| !same(now.get(field), new.get(field)))?;
+        let text = |value: &Value| value.get(field).map_or_else(|| "none".to_owned(), shown);
+        Some(refuse(&format!("{prefix}{}", snake(field)), &text(now), &text(new)))
     };
-    let (now, new) = (spec(&existing.spec), spec(&desired.request.spec));
-    for field in &desired.given {
-        let (now, new) = (now.get(field), new.get(field));
-        if !same(now, new) {
-            let text = |value: Option<&Value>| value.map_or_else(|| "none".to_owned(), shown);
-            return Err(refuse(&format!("spec.{}", snake(field)), &text(now), &text(new)));
-        }
-    }
-    Ok(())
+    let specs = (spec(&existing.spec), spec(&desired.request.spec));
+    let rules = (json(existing), json(&desired.request));
+    differs((&specs.0, &specs.1), &desired.given, "spec.")
+        .or_else(|| differs((&rules.0, &rules.1), &desired.given_rules, ""))
+        .map_or(Ok(()), Err)
+}
+
+fn json(message: &impl serde::Serialize) -> Value {
+    serde_json::to_value(message).unwrap_or_default()
 }
 
 /// Equal, where nothing and an empty message are the same.

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use hv_config::{ByteSize, HumanDuration};
-use hv_proto::v1;
+use hv_config::HumanDuration;
 use hv_types::{InstanceState, InstanceType};
 
+use super::placement::ShapeArgs;
 use super::{RequestKeyArgs, WaitArgs, value};
 
 /// What can be done with instances.
@@ -25,7 +25,10 @@ Examples:
     /// Everything about an instance: what it is made of, where it runs, what happened to it
     #[command(after_long_help = "Examples:\n  hypervisor-ctl instance describe web")]
     Describe(NameArgs),
-    /// Create an instance and wait until it runs
+    /// Why an instance is where it is, or why no node can take it and what would help
+    #[command(after_long_help = "Examples:\n  hypervisor-ctl instance explain web")]
+    Explain(NameArgs),
+    /// Create an instance, or many alike, and wait until it runs
     Create(Box<CreateArgs>),
     /// Let an instance run
     #[command(after_long_help = "Examples:\n  hypervisor-ctl instance start web db")]
@@ -174,6 +177,8 @@ Examples:
   hypervisor-ctl instance create --name web --type vm --image debian-13 --cpus 2 --memory 1024
   hypervisor-ctl vm create db --image debian-13 --disk name=data,size=10GiB --user-data cloud-init.yaml \\
       --label tier=db --zone b --node-selector disk=ssd
+  hypervisor-ctl vm create web --count 10 --image debian-13 --label tier=web --spread tier=web,topology=zone \\
+      --restart on-failure --failover restart
   hypervisor-ctl vm create tiny --kernel vmlinuz --initrd initrd.img --kernel-args 'console=ttyS0'
   hypervisor-ctl container create job --image alpine -- /bin/sh -c 'echo done'")]
 pub struct CreateArgs {
@@ -183,59 +188,15 @@ pub struct CreateArgs {
     /// Its name, as a flag
     #[arg(id = "name_flag", long = "name", value_name = "NAME")]
     pub name_flag: Option<String>,
-    /// vm, container or microvm; implied by `vm create` and the like
-    #[arg(long, value_name = "TYPE", value_parser = value::instance_type)]
-    pub r#type: Option<InstanceType>,
-    /// The image it starts from; see `hypervisor-ctl image list`
-    #[arg(long, value_name = "IMAGE", required_unless_present = "kernel")]
-    pub image: Option<String>,
-    /// Processor cores
-    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
-    #[arg(value_parser = clap::value_parser!(i32).range(1..=4096))]
-    pub cpus: i32,
-    /// Memory: a number of MiB, or a size as 512MiB or 1GiB
-    #[arg(long, value_name = "SIZE", default_value = "512MiB", allow_negative_numbers = true)]
-    #[arg(value_parser = value::memory)]
-    pub memory: ByteSize,
-    /// A further disk, as name=data,size=10GiB[,type=ssd]; name=root,size=20GiB,boot sizes the image's own
-    #[arg(long, value_name = "DISK", value_parser = value::disk)]
-    pub disk: Vec<v1::DiskSpec>,
-    /// Kernel for a direct boot: a file name in the node's image directory
-    #[arg(long, value_name = "FILE")]
-    pub kernel: Option<String>,
-    /// Initial ram disk: a file name in the node's image directory
-    #[arg(long, value_name = "FILE")]
-    pub initrd: Option<String>,
-    /// Added to the kernel command line
-    #[arg(long, value_name = "ARGS", allow_hyphen_values = true)]
-    pub kernel_args: Option<String>,
+    /// Create so many alike, named NAME-1, NAME-2, …: all of them or none
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub count: Option<u32>,
+    /// What it is like.
+    #[command(flatten)]
+    pub shape: ShapeArgs,
     /// File with cloud-init user data; - for standard input
     #[arg(long, value_name = "FILE")]
     pub user_data: Option<PathBuf>,
-    /// Environment variable of a container; may be repeated
-    #[arg(long, value_name = "NAME=VALUE", value_parser = value::pair)]
-    pub env: Vec<value::Pair>,
-    /// A label; may be repeated
-    #[arg(long, value_name = "KEY=VALUE", value_parser = value::pair)]
-    pub label: Vec<value::Pair>,
-    /// An annotation; may be repeated
-    #[arg(long, value_name = "KEY=VALUE", value_parser = value::pair)]
-    pub annotation: Vec<value::Pair>,
-    /// Only this node
-    #[arg(long, value_name = "NAME")]
-    pub node: Option<String>,
-    /// Only this region
-    #[arg(long)]
-    pub region: Option<String>,
-    /// Only this zone
-    #[arg(long)]
-    pub zone: Option<String>,
-    /// Only nodes with these labels, as a=b,c=* or c
-    #[arg(long, value_name = "LABELS", value_parser = value::selector)]
-    pub node_selector: Vec<value::Pairs>,
-    /// Whose it is [default: default]
-    #[arg(long, value_name = "PROJECT")]
-    pub project: Option<String>,
     /// Whether to wait.
     #[command(flatten)]
     pub wait: WaitArgs,

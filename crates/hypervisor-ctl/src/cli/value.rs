@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use hv_config::{ByteSize, HumanDuration};
 use hv_proto::v1;
+use hv_types::instance::{FailoverPolicy, RestartPolicy};
 use hv_types::{InstanceState, InstanceType, NodeStatus, Selector};
 
 /// Longest grace that a stop may ask for, in seconds: the API's bound.
@@ -170,6 +171,136 @@ impl std::fmt::Display for DetachKey {
     }
 }
 
+/// Peers with what a rule says about them: labels, and the words `instance=`, `topology=`, `max-skew=`, `preferred`.
+struct Rule {
+    peers: v1::Peers,
+    topology: v1::Topology,
+    max_skew: u32,
+    preferred: bool,
+}
+
+fn rule(text: &str) -> Result<Rule, String> {
+    const EXPECTED: &str = "expected labels or instance=NAME, then topology=node|zone|region, max-skew=N or preferred, \
+                            separated by commas, as tier=web,topology=zone";
+    let mut rule =
+        Rule { peers: v1::Peers::default(), topology: v1::Topology::Node, max_skew: 0, preferred: false };
+    for part in text.split(',').map(str::trim) {
+        match part.split_once('=').unwrap_or((part, "")) {
+            ("preferred", "" | "true") => rule.preferred = true,
+            ("topology", "node") => rule.topology = v1::Topology::Node,
+            ("topology", "zone") => rule.topology = v1::Topology::Zone,
+            ("topology", "region") => rule.topology = v1::Topology::Region,
+            ("topology", _) => return Err("topology is node, zone or region".to_owned()),
+            ("instance", name) if !name.is_empty() => rule.peers.instance_name = name.to_owned(),
+            ("max-skew", number) => {
+                rule.max_skew = number.parse().map_err(|_| "max-skew is a number from 1 on".to_owned())?;
+            }
+            (key, value) if !key.is_empty() => {
+                let value = if part.contains('=') { value } else { Selector::ANY };
+                rule.peers.label_selector.insert(key.to_owned(), value.to_owned());
+            }
+            _ => return Err(EXPECTED.to_owned()),
+        }
+    }
+    if rule.peers == v1::Peers::default() {
+        return Err(EXPECTED.to_owned());
+    }
+    Ok(rule)
+}
+
+fn affinity(text: &str, anti: bool) -> Result<v1::AffinityRule, String> {
+    let Rule { peers, topology, max_skew, preferred } = rule(text)?;
+    if max_skew != 0 {
+        return Err("max-skew belongs to --spread".to_owned());
+    }
+    Ok(v1::AffinityRule { anti, peers: Some(peers), topology: topology.into(), preferred })
+}
+
+pub(super) fn near(text: &str) -> Result<v1::AffinityRule, String> {
+    affinity(text, false)
+}
+
+pub(super) fn away(text: &str) -> Result<v1::AffinityRule, String> {
+    affinity(text, true)
+}
+
+pub(super) fn spread(text: &str) -> Result<v1::SpreadRule, String> {
+    let Rule { peers, topology, max_skew, preferred } = rule(text)?;
+    Ok(v1::SpreadRule { peers: Some(peers), topology: topology.into(), max_skew, preferred })
+}
+
+pub(super) fn toleration(text: &str) -> Result<v1::Toleration, String> {
+    let (key, value) = match text.split_once('=') {
+        Some((key, value)) => (key, value),
+        None if text == Selector::ANY => ("", Selector::ANY),
+        None => (text, Selector::ANY),
+    };
+    if text.is_empty() || (key.is_empty() && text != Selector::ANY) {
+        return Err("expected key, key=value or *".to_owned());
+    }
+    Ok(v1::Toleration { key: key.to_owned(), value: value.to_owned() })
+}
+
+pub(super) fn taint(text: &str) -> Result<v1::Taint, String> {
+    let (pair, effect) = match text.rsplit_once(':') {
+        Some((pair, "prefer")) => (pair, v1::TaintEffect::PreferNoSchedule),
+        Some((pair, "never")) => (pair, v1::TaintEffect::NoSchedule),
+        Some(_) => {
+            return Err("expected key=value, with :never (the default) or :prefer behind it".to_owned());
+        }
+        None => (text, v1::TaintEffect::NoSchedule),
+    };
+    let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+    if key.is_empty() {
+        return Err("expected key=value or key".to_owned());
+    }
+    Ok(v1::Taint { key: key.to_owned(), value: value.to_owned(), effect: effect.into() })
+}
+
+pub(super) fn overcommit(text: &str) -> Result<v1::Overcommit, String> {
+    const EXPECTED: &str = "expected percents, as cpu=400,memory=120,disk=100";
+    let mut overcommit = v1::Overcommit { cpu_percent: 100, memory_percent: 100, disk_percent: 100 };
+    for part in text.split(',') {
+        let (name, percent) = part.split_once('=').ok_or(EXPECTED)?;
+        let percent: u32 = percent.trim_end_matches('%').parse().map_err(|_| EXPECTED.to_owned())?;
+        match name.trim() {
+            "cpu" | "cpus" => overcommit.cpu_percent = percent,
+            "memory" => overcommit.memory_percent = percent,
+            "disk" => overcommit.disk_percent = percent,
+            _ => return Err(EXPECTED.to_owned()),
+        }
+    }
+    Ok(overcommit)
+}
+
+pub(super) fn amounts(text: &str) -> Result<v1::Resources, String> {
+    const EXPECTED: &str = "expected amounts, as cpus=2,memory=4GiB,disk=10GiB";
+    let mut amounts = v1::Resources::default();
+    let bytes = |text: &str| {
+        let size = text.parse::<ByteSize>().map_err(|error| error.to_string())?;
+        Ok::<_, String>(i64::try_from(size.bytes()).unwrap_or(i64::MAX))
+    };
+    for part in text.split(',') {
+        match part.split_once('=').ok_or(EXPECTED)? {
+            ("cpus" | "cpu", count) => {
+                amounts.cpu_cores = count.parse().map_err(|_| EXPECTED.to_owned())?;
+            }
+            ("memory", size) => amounts.memory_bytes = bytes(size)?,
+            ("disk", size) => amounts.disk_bytes = bytes(size)?,
+            _ => return Err(EXPECTED.to_owned()),
+        }
+    }
+    Ok(amounts)
+}
+
+pub(super) fn restart_policy(text: &str) -> Result<RestartPolicy, String> {
+    text.parse().map_err(|_| "expected never, on-failure or always".to_owned())
+}
+
+pub(super) fn failover_policy(text: &str) -> Result<FailoverPolicy, String> {
+    text.parse().map_err(|_| "expected never or restart".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -219,5 +350,35 @@ mod tests {
     fn events_are_asked_for_by_kind_and_name() {
         assert_eq!(event_object("vm/web"), Ok(EventObject { kind: "instance", reference: "web".into() }));
         assert!(event_object("web").is_err() && event_object("node/").is_err());
+    }
+
+    #[test]
+    fn rules_name_peers_and_what_counts_as_a_place() {
+        let rule = spread("tier=web,topology=zone,max-skew=2,preferred").unwrap();
+        assert_eq!((rule.topology(), rule.max_skew, rule.preferred), (v1::Topology::Zone, 2, true));
+        assert_eq!(rule.peers.unwrap().label_selector["tier"], "web");
+        let rule = away("instance=db").unwrap();
+        assert!(rule.anti && rule.peers.unwrap().instance_name == "db");
+        for bad in ["", "topology=zone", "tier=web,topology=rack", "tier=web,max-skew=2", "=x"] {
+            assert!(near(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn taints_and_tolerations_read_as_they_are_shown() {
+        let soft = taint("gpu=a100:prefer").unwrap();
+        assert_eq!((soft.value.as_str(), soft.effect()), ("a100", v1::TaintEffect::PreferNoSchedule));
+        assert_eq!(taint("gpu").unwrap().effect(), v1::TaintEffect::NoSchedule);
+        assert_eq!(toleration("*").unwrap(), v1::Toleration { key: String::new(), value: "*".into() });
+        assert_eq!(toleration("gpu").unwrap().value, "*");
+        assert!(taint("gpu=a:soft").is_err() && toleration("").is_err() && toleration("=x").is_err());
+    }
+
+    #[test]
+    fn percents_and_amounts_are_named() {
+        let more = overcommit("cpu=400,memory=120%").unwrap();
+        assert_eq!((more.cpu_percent, more.memory_percent, more.disk_percent), (400, 120, 100));
+        assert_eq!(amounts("cpus=2,memory=4GiB").unwrap().memory_bytes, 4 << 30);
+        assert!(overcommit("4").is_err() && amounts("gpu=1").is_err());
     }
 }

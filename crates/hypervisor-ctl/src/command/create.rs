@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::path::Path;
 
-use hv_proto::convert::instance_type_to;
+use hv_proto::convert::{failover_policy_to, instance_type_to, restart_policy_to};
 use hv_proto::v1;
 use hv_types::InstanceType;
 use hv_types::instance::spec::MAX_USER_DATA_BYTES;
@@ -11,12 +11,12 @@ use tokio::time::Instant;
 
 use super::instance::{agreed_type, print};
 use super::{Context, change};
-use crate::cli::CreateArgs;
 use crate::cli::value::{map_of, selector_of};
+use crate::cli::{CreateArgs, PlacementArgs, ShapeArgs};
 use crate::error::{CtlError, exit_code};
 use crate::output::text::escape;
 use crate::reference::{self, noun};
-use crate::server::RequestKeys;
+use crate::server::{RequestKeys, Server};
 use crate::show::instance::state_name;
 use crate::wait::{Goal, Wait, deadline};
 
@@ -25,34 +25,64 @@ pub(super) async fn run(
     only: Option<InstanceType>,
     args: &CreateArgs,
 ) -> Result<u8, CtlError> {
-    let server = &context.server;
-    let mut request = request(only, args)?;
-    if let Some(name) = &args.node {
-        request.preferred_node_id = reference::node(server, name).await?.id;
-    }
+    let request = request(&context.server, only, args).await?;
     let began = Instant::now();
-    let created = create(context, &request).await?;
-    let created = if args.wait.no_wait {
-        let (name, id) = (escape(&created.name), escape(&created.id));
-        context.output.confirm(format!("instance {name} is {} (id {id})", state_name(created.state())))?;
-        created
-    } else {
-        let mut progress = context.progress();
-        let wait = Wait {
-            server,
-            progress: &mut progress,
-            goal: Goal::Running,
-            generation: created.generation,
-            instance: created,
-        };
-        let settled = Box::pin(wait.until(deadline(server.timeout))).await?;
-        context.output.confirm(change::confirmation(&settled, Goal::Running, began.elapsed()))?;
-        settled
+    let created = match args.count {
+        Some(count) => create_set(context, request, count).await?,
+        None => vec![create(context, &request).await?],
     };
+    let mut done = Vec::with_capacity(created.len());
+    let end = deadline(context.server.timeout);
+    for instance in created {
+        done.push(if args.wait.no_wait {
+            let (name, id) = (escape(&instance.name), escape(&instance.id));
+            let state = state_name(instance.state());
+            context.output.confirm(format!("instance {name} is {state} (id {id})"))?;
+            instance
+        } else {
+            until_running(context, instance, began, end).await?
+        });
+    }
     if !context.output.format.is_for_people() {
-        print(context, noun(only), vec![created])?;
+        print(context, noun(only), done)?;
     }
     Ok(exit_code::OK)
+}
+
+async fn until_running(
+    context: &Context,
+    created: v1::Instance,
+    began: Instant,
+    end: Instant,
+) -> Result<v1::Instance, CtlError> {
+    let mut progress = context.progress();
+    let wait = Wait {
+        server: &context.server,
+        progress: &mut progress,
+        goal: Goal::Running,
+        generation: created.generation,
+        instance: created,
+    };
+    let settled = Box::pin(wait.until(end)).await?;
+    context.output.confirm(change::confirmation(&settled, Goal::Running, began.elapsed()))?;
+    Ok(settled)
+}
+
+/// Asks for a set, and reads what came of it.
+async fn create_set(
+    context: &Context,
+    template: v1::CreateInstanceRequest,
+    count: u32,
+) -> Result<Vec<v1::Instance>, CtlError> {
+    let server = &context.server;
+    let request = v1::CreateInstancesRequest { template: Some(template), count };
+    let answer = server.call(async || server.compute().create_instances(request.clone()).await).await?;
+    let mut instances = Vec::with_capacity(answer.instances.len());
+    for created in answer.instances {
+        let request = v1::GetInstanceRequest { instance_id: created.id };
+        instances.push(server.call(async || server.compute().get_instance(request.clone()).await).await?);
+    }
+    Ok(instances)
 }
 
 /// Sends a create request; it must have a request key.
@@ -64,38 +94,73 @@ pub(crate) async fn create(
     server.call(async || server.compute().create_instance(request.clone()).await).await
 }
 
-fn request(only: Option<InstanceType>, args: &CreateArgs) -> Result<v1::CreateInstanceRequest, CtlError> {
-    let Some(kind) = agreed_type(only, args.r#type)? else {
+async fn request(
+    server: &Server,
+    only: Option<InstanceType>,
+    args: &CreateArgs,
+) -> Result<v1::CreateInstanceRequest, CtlError> {
+    let user_data = args.user_data.as_deref().map(user_data).transpose()?.unwrap_or_default();
+    let mut request = template(server, only, &args.shape).await?;
+    request.name = args.name.clone().or_else(|| args.name_flag.clone()).unwrap_or_default();
+    request.request_key = RequestKeys::new(&args.key).next();
+    if let Some(spec) = &mut request.spec {
+        spec.command.clone_from(&args.command);
+        spec.user_data = user_data;
+    }
+    Ok(request)
+}
+
+/// What the flags describe, without a name.
+pub(super) async fn template(
+    server: &Server,
+    only: Option<InstanceType>,
+    shape: &ShapeArgs,
+) -> Result<v1::CreateInstanceRequest, CtlError> {
+    let Some(kind) = agreed_type(only, shape.r#type)? else {
         return Err(CtlError::Usage(
             "which type? add --type vm, --type container or --type microvm, or use `vm create`".to_owned(),
         ));
     };
-    let name = args.name.clone().or_else(|| args.name_flag.clone()).unwrap_or_default();
-    let user_data = args.user_data.as_deref().map(user_data).transpose()?.unwrap_or_default();
+    let placement = &shape.placement;
+    let preferred_node_id = match &placement.node {
+        Some(name) => reference::node(server, name).await?.id,
+        None => String::new(),
+    };
     Ok(v1::CreateInstanceRequest {
-        name,
         r#type: instance_type_to(kind) as i32,
         spec: Some(v1::InstanceSpec {
-            image: args.image.clone().unwrap_or_default(),
-            cpu_cores: args.cpus,
-            memory_bytes: i64::try_from(args.memory.bytes()).unwrap_or(i64::MAX),
-            disks: args.disk.clone(),
-            kernel: args.kernel.clone().unwrap_or_default(),
-            initrd: args.initrd.clone().unwrap_or_default(),
-            kernel_args: args.kernel_args.clone().unwrap_or_default(),
-            command: args.command.clone(),
-            env: map_of(&args.env),
-            user_data,
+            image: shape.image.clone().unwrap_or_default(),
+            cpu_cores: shape.cpus,
+            memory_bytes: i64::try_from(shape.memory.bytes()).unwrap_or(i64::MAX),
+            disks: shape.disk.clone(),
+            kernel: shape.kernel.clone().unwrap_or_default(),
+            initrd: shape.initrd.clone().unwrap_or_default(),
+            kernel_args: shape.kernel_args.clone().unwrap_or_default(),
+            env: map_of(&shape.env),
             ..Default::default()
         }),
-        metadata: Some(v1::Metadata { labels: map_of(&args.label), annotations: map_of(&args.annotation) }),
-        region: args.region.clone().unwrap_or_default(),
-        zone: args.zone.clone().unwrap_or_default(),
-        request_key: RequestKeys::new(&args.key).next(),
-        node_selector: selector_of(&args.node_selector),
-        project: args.project.clone().unwrap_or_default(),
+        metadata: Some(v1::Metadata { labels: map_of(&shape.label), annotations: map_of(&shape.annotation) }),
+        preferred_node_id,
+        region: placement.region.clone().unwrap_or_default(),
+        zone: placement.zone.clone().unwrap_or_default(),
+        node_selector: selector_of(&placement.node_selector),
+        project: shape.project.clone().unwrap_or_default(),
+        restart_policy: restart_policy_to(placement.restart).into(),
+        failover_policy: failover_policy_to(placement.failover).into(),
+        placement: rules(placement),
         ..Default::default()
     })
+}
+
+/// The rules beyond node, region, zone and labels; absent where there are none.
+fn rules(placement: &PlacementArgs) -> Option<v1::PlacementRules> {
+    let rules = v1::PlacementRules {
+        affinity: placement.near.iter().chain(&placement.away).cloned().collect(),
+        spread: placement.spread.clone(),
+        tolerations: placement.toleration.clone(),
+        priority: placement.priority,
+    };
+    (rules != v1::PlacementRules::default()).then_some(rules)
 }
 
 fn user_data(path: &Path) -> Result<String, CtlError> {

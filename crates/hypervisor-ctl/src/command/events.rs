@@ -64,7 +64,10 @@ pub(super) async fn run(context: &Context, args: &EventsArgs) -> Result<u8, CtlE
 }
 
 /// The id of the object. One that is gone still has events: then what was typed is taken as the id.
-async fn object_id(context: &Context, object: &crate::cli::value::EventObject) -> Result<String, CtlError> {
+pub(super) async fn object_id(
+    context: &Context,
+    object: &crate::cli::value::EventObject,
+) -> Result<String, CtlError> {
     let found = match object.kind {
         "node" => reference::node(&context.server, &object.reference).await.map(|node| node.id),
         _ => reference::instance(&context.server, None, &object.reference).await.map(|instance| instance.id),
@@ -112,6 +115,8 @@ async fn watch(context: &Context, filter: &v1::ListEventsRequest, tail: u32) -> 
         object_kind: filter.object_kind.clone(),
         object_id: filter.object_id.clone(),
         warnings_only: filter.warnings_only,
+        from_revision: 0,
+        bookmarks: false,
     };
     let mut table = EventTable::for_watch(context.output);
     let mut printed = Printed::default();

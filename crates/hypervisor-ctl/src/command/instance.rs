@@ -6,7 +6,7 @@ use hv_proto::convert::{instance_type_to, state_to};
 use hv_proto::v1;
 use hv_types::InstanceType;
 
-use super::{Context, change, console, create, events, exec, follow, stats};
+use super::{Context, change, console, create, events, exec, follow, placement, stats};
 use crate::cli::value::selector_of;
 use crate::cli::{GetArgs, InstanceCommand, ListArgs, NameArgs};
 use crate::error::{CtlError, exit_code};
@@ -28,6 +28,7 @@ pub(super) async fn run(
         InstanceCommand::List(args) => list(context, only, &args).await,
         InstanceCommand::Get(args) => get(context, only, &args).await,
         InstanceCommand::Describe(args) => page(context, only, &args).await,
+        InstanceCommand::Explain(args) => placement::explain(context, only, &args).await,
         InstanceCommand::Create(args) => create::run(context, only, &args).await,
         InstanceCommand::Start(args) => change::run(context, only, &args, change::Verb::Start).await,
         InstanceCommand::Stop(args) => {

@@ -4,19 +4,20 @@ use std::time::SystemTime;
 
 use hv_proto::convert::status_to;
 use hv_proto::v1;
-use tokio::time::Instant;
 
-use super::{Context, events, follow};
+use super::{Context, events, follow, operation};
 use crate::cli::value::selector_of;
-use crate::cli::{DrainArgs, GetArgs, NameArgs, NodeCommand, NodeListArgs, NodeNamesArgs};
+use crate::cli::{
+    DrainArgs, GetArgs, NameArgs, NodeCommand, NodeListArgs, NodeNameArgs, NodeNamesArgs, NodeRemoveArgs,
+    NodeUpdateArgs,
+};
 use crate::error::{CtlError, exit_code};
 use crate::output::OutputFormat;
 use crate::output::text::escape;
 use crate::reference;
-use crate::server::{RequestKeys, pause_before};
+use crate::server::RequestKeys;
 use crate::show::instance::InstanceTable;
 use crate::show::node::{NodeTable, describe, status_name};
-use crate::wait::deadline;
 
 /// Nodes per page.
 const PAGE_SIZE: i32 = 500;
@@ -31,6 +32,11 @@ pub(super) async fn run(context: &Context, command: NodeCommand) -> Result<u8, C
         NodeCommand::Cordon(args) => cordon(context, &args, true).await,
         NodeCommand::Uncordon(args) => cordon(context, &args, false).await,
         NodeCommand::Drain(args) => drain(context, &args).await,
+        NodeCommand::Update(args) => update(context, &args).await,
+        NodeCommand::HoldFailover(args) => hold_failover(context, &args, true).await,
+        NodeCommand::ReleaseFailover(args) => hold_failover(context, &args, false).await,
+        NodeCommand::ConfirmDown(args) => confirm_down(context, &args).await,
+        NodeCommand::Remove(args) => remove(context, &args).await,
     }
 }
 
@@ -169,42 +175,104 @@ async fn cordon(context: &Context, args: &NodeNamesArgs, on: bool) -> Result<u8,
     Ok(exit_code::OK)
 }
 
-/// Asks for the drain again and again until nothing is left that moves.
+/// Asks for the drain, then follows its operation.
 async fn drain(context: &Context, args: &DrainArgs) -> Result<u8, CtlError> {
     let server = &context.server;
     let target = reference::node(server, &args.name).await?;
-    let mut keys = RequestKeys::new(&args.key);
-    let end = deadline(server.timeout);
-    let mut progress = context.progress();
-    let mut attempt = 1;
-    let answer = loop {
-        let request = v1::DrainNodeRequest {
-            node_id: target.id.clone(),
-            discard_local_disks: args.discard_local_disks,
-            request_key: keys.next(),
-        };
-        let answer = server.call(async || server.cluster().drain_node(request.clone()).await).await?;
-        let moving = answer.moving_instance_ids.len();
-        if moving == 0 || args.wait.no_wait {
-            break answer;
-        }
-        progress.update(&format!("node {}: {moving} instances are being moved", target.hostname));
-        attempt += 1;
-        let pause = pause_before(attempt);
-        if Instant::now() + pause >= end {
-            return Err(CtlError::TimedOut {
-                what: format!(
-                    "{moving} instances are still being moved off node {}",
-                    escape(&target.hostname)
-                ),
-                after: server.timeout,
-                hint: "; the drain goes on, repeat the command to see what is left".to_owned(),
-            });
-        }
-        tokio::time::sleep(pause).await;
+    let request = v1::DrainNodeRequest {
+        node_id: target.id.clone(),
+        discard_local_disks: args.discard_local_disks,
+        request_key: RequestKeys::new(&args.key).next(),
+        max_parallel: args.max_parallel,
     };
-    progress.clear();
+    let mut answer = server.call(async || server.cluster().drain_node(request.clone()).await).await?;
+    if args.wait.no_wait || answer.operation_id.is_empty() {
+        return drained(context, &answer);
+    }
+    let request = v1::GetOperationRequest { operation_id: answer.operation_id.clone() };
+    let operation = server.call(async || server.operations().get_operation(request.clone()).await).await?;
+    let ended = operation::until_final(context, operation, true).await?;
+    match ended.state() {
+        v1::OperationState::Cancelled => {
+            let name = escape(&target.hostname);
+            return Err(CtlError::Overtaken(format!("the drain of node {name} was cancelled meanwhile")));
+        }
+        v1::OperationState::Failed => return Err(CtlError::Precondition(escape(&ended.message))),
+        _ => {}
+    }
+    answer.moving_instance_ids.clear();
+    answer.blockers = ended
+        .blockers
+        .into_iter()
+        .map(|b| v1::DrainBlocker { instance_id: b.object_id, name: b.object_name, reason: b.reason })
+        .collect();
     drained(context, &answer)
+}
+
+async fn update(context: &Context, args: &NodeUpdateArgs) -> Result<u8, CtlError> {
+    let server = &context.server;
+    let replaces_taints = args.no_taints || !args.taint.is_empty();
+    if !replaces_taints && args.overcommit.is_none() && args.reserve.is_none() {
+        let text = "nothing to change: give --taint, --no-taints, --overcommit or --reserve";
+        return Err(CtlError::Usage(text.to_owned()));
+    }
+    let target = reference::node(server, &args.target.name).await?;
+    let request = v1::UpdateNodeRequest {
+        node_id: target.id,
+        taints: replaces_taints.then(|| v1::TaintList { taints: args.taint.clone() }),
+        overcommit: args.overcommit,
+        reserved: args.reserve,
+        request_key: RequestKeys::new(&args.target.key).next(),
+    };
+    let node = server.call(async || server.cluster().update_node(request.clone()).await).await?;
+    changed(context, vec![node], "is updated")
+}
+
+async fn hold_failover(context: &Context, args: &NodeNamesArgs, held: bool) -> Result<u8, CtlError> {
+    let server = &context.server;
+    let mut targets = Vec::new();
+    for name in &args.names {
+        targets.push(reference::node(server, name).await?);
+    }
+    let mut keys = RequestKeys::new(&args.key);
+    let mut done = Vec::new();
+    for target in targets {
+        let request = v1::SetNodeFailoverRequest { node_id: target.id, held, request_key: keys.next() };
+        done.push(server.call(async || server.cluster().set_node_failover(request.clone()).await).await?);
+    }
+    changed(context, done, if held { "holds failover" } else { "does not hold failover any more" })
+}
+
+async fn confirm_down(context: &Context, args: &NodeNameArgs) -> Result<u8, CtlError> {
+    let server = &context.server;
+    let target = reference::node(server, &args.name).await?;
+    let request =
+        v1::ConfirmNodeDownRequest { node_id: target.id, request_key: RequestKeys::new(&args.key).next() };
+    let node = server.call(async || server.cluster().confirm_node_down(request.clone()).await).await?;
+    changed(context, vec![node], "is confirmed to be off; what may run elsewhere is started there")
+}
+
+async fn remove(context: &Context, args: &NodeRemoveArgs) -> Result<u8, CtlError> {
+    let server = &context.server;
+    let target = reference::node(server, &args.target.name).await?;
+    let request = v1::DeregisterNodeRequest {
+        node_id: target.id.clone(),
+        request_key: RequestKeys::new(&args.target.key).next(),
+        force: args.force,
+    };
+    server.call(async || server.cluster().deregister_node(request.clone()).await).await?;
+    changed(context, vec![target], "is removed")
+}
+
+/// Confirms what was done to nodes, or prints them for machines.
+fn changed(context: &Context, nodes: Vec<v1::Node>, what: &str) -> Result<u8, CtlError> {
+    for node in &nodes {
+        context.output.confirm(format!("node {} {what}", escape(&node.hostname)))?;
+    }
+    if !context.output.format.is_for_people() {
+        print(context, nodes)?;
+    }
+    Ok(exit_code::OK)
 }
 
 fn drained(context: &Context, answer: &v1::DrainNodeResponse) -> Result<u8, CtlError> {

@@ -139,6 +139,8 @@ pub(crate) fn describe(instance: &v1::Instance, node_name: &str, output: Output)
     page.line(0, "Node", node);
     page.line(0, "Epoch", format!("{} (how often it was bound to a node)", instance.epoch));
     page.line(0, "IP", escape(&instance.ip_address));
+    page.some(0, "Recovery", escape(&instance.recovery_note));
+    describe_policies(&mut page, instance);
     page.line(0, "Created", moment(instance.created_at.as_ref()));
     page.some(0, "Started", moment(instance.started_at.as_ref()));
     page.line(0, "Revision", instance.revision.to_string());
@@ -147,6 +149,31 @@ pub(crate) fn describe(instance: &v1::Instance, node_name: &str, output: Output)
     pairs(&mut page, 0, "Labels", metadata.map(|metadata| &metadata.labels));
     pairs(&mut page, 0, "Annotations", metadata.map(|metadata| &metadata.annotations));
     page
+}
+
+fn describe_policies(page: &mut Page, instance: &v1::Instance) {
+    let restarts = match (instance.restart_policy(), instance.restart_count) {
+        (v1::RestartPolicy::Unspecified | v1::RestartPolicy::Never, _) => "never".to_owned(),
+        (policy, count) => {
+            let name = if policy == v1::RestartPolicy::Always { "always" } else { "on-failure" };
+            format!("{name} (restarted {count} times)")
+        }
+    };
+    page.line(0, "Restart", restarts);
+    let elsewhere = instance.failover_policy() == v1::FailoverPolicy::Restart;
+    page.line(0, "Failover", if elsewhere { "restart" } else { "never" });
+    page.some(0, "Set", escape(&instance.set));
+    page.some(0, "Only node", escape(&instance.preferred_node_id));
+    page.some(0, "Only region", escape(&instance.region));
+    page.some(0, "Only zone", escape(&instance.zone));
+    pairs(page, 0, "Only nodes with", Some(&instance.node_selector));
+    if let Some(rules) = &instance.placement {
+        page.heading(0, "Placement");
+        let rules = serde_json::to_value(rules).unwrap_or_default();
+        for (name, rule) in rules.as_object().into_iter().flatten() {
+            page.line(1, name, escape(&rule.to_string()));
+        }
+    }
 }
 
 fn describe_spec(page: &mut Page, spec: &v1::InstanceSpec) {

@@ -123,9 +123,20 @@ pub(crate) fn describe(node: &v1::Node, output: Output, now: SystemTime) -> Page
         age => format!("{} ({age} ago)", moment(node.last_seen.as_ref())),
     };
     page.line(0, "Last seen", last_seen);
+    describe_decisions(&mut page, node);
     page.heading(0, "Resources");
     page.line(1, "Capacity", resources(node.capacity.as_ref()));
     page.line(1, "Allocatable", resources(node.allocatable.as_ref()));
+    if let Some(reserved) = node.reserved.as_ref().filter(|amount| **amount != v1::Resources::default()) {
+        page.line(1, "Reserved", resources(Some(reserved)));
+    }
+    if let Some(more) = node.overcommit.as_ref().filter(|more| **more != NO_OVERCOMMIT) {
+        let (cpu, memory, disk) = (more.cpu_percent, more.memory_percent, more.disk_percent);
+        page.line(1, "Overcommit", format!("{cpu} % of cores, {memory} % of memory, {disk} % of disk"));
+    }
+    if node.schedulable != node.allocatable {
+        page.line(1, "Schedulable", resources(node.schedulable.as_ref()));
+    }
     page.line(1, "Allocated", resources(node.allocated.as_ref()));
     if let Some(usage) = &node.usage {
         let used =
@@ -136,6 +147,33 @@ pub(crate) fn describe(node: &v1::Node, output: Output, now: SystemTime) -> Page
     pairs(&mut page, 0, "Annotations", node.metadata.as_ref().map(|metadata| &metadata.annotations));
     describe_health(&mut page, node, output, now);
     page
+}
+
+/// As much as there is.
+const NO_OVERCOMMIT: v1::Overcommit =
+    v1::Overcommit { cpu_percent: 100, memory_percent: 100, disk_percent: 100 };
+
+/// What the operator decided, and how a loss of the node would go.
+fn describe_decisions(page: &mut Page, node: &v1::Node) {
+    let taint = |taint: &v1::Taint| {
+        let value = if taint.value.is_empty() { String::new() } else { format!("={}", taint.value) };
+        let prefer = taint.effect() == v1::TaintEffect::PreferNoSchedule;
+        escape(&format!("{}{value}{}", taint.key, if prefer { ":prefer" } else { "" }))
+    };
+    page.some(0, "Taints", node.taints.iter().map(taint).collect::<Vec<_>>().join(", "));
+    if let Some(fencing) = &node.fencing {
+        let armed = if fencing.armed { "armed" } else { "not armed" };
+        let why = if fencing.message.is_empty() { String::new() } else { format!(": {}", fencing.message) };
+        page.line(0, "Fencing", escape(&format!("{armed}{why}")));
+    }
+    if node.failover_held {
+        page.line(0, "Failover", "held by an operator; `node release-failover` ends that");
+    }
+    if node.confirmed_down {
+        page.line(0, "Confirmed down", "yes, by an operator");
+    }
+    page.some(0, "Lost since", moment(node.lost_since.as_ref()));
+    page.some(0, "Drain operation", escape(&node.drain_operation_id));
 }
 
 fn describe_health(page: &mut Page, node: &v1::Node, output: Output, now: SystemTime) {

@@ -176,7 +176,7 @@ fn nodes_are_cordoned_uncordoned_and_drained() {
     assert_eq!(ctl(&fake, &["node", "uncordon", "beta"]).ok(), "node beta is READY\n");
     let ran = ctl(&fake, &["node", "drain", "alpha"]);
     assert_eq!((ran.code, ran.stdout.as_str()), (0, "node alpha is DRAINING\n"));
-    assert!(ran.stderr.contains("1 instances are being moved"), "{ran:?}");
+    assert!(ran.stderr.contains("0 of 1 moved"), "{ran:?}");
     fake.script(Script { blocker: Some("its disk lies on the node".into()), ..Default::default() });
     let error = ctl(&fake, &["node", "drain", "alpha"]).failed(5);
     assert!(error.contains("web: its disk lies on the node"), "{error}");

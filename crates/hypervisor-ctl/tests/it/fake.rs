@@ -2,6 +2,8 @@
 
 mod cluster;
 mod compute;
+mod operation;
+mod store;
 
 use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
@@ -10,6 +12,8 @@ use std::sync::Arc;
 use futures::Stream;
 use hv_proto::v1::cluster_service_server::ClusterServiceServer;
 use hv_proto::v1::compute_service_server::ComputeServiceServer;
+use hv_proto::v1::operation_service_server::OperationServiceServer;
+use hv_proto::v1::store_service_server::StoreServiceServer;
 use hv_proto::v1::{self, EventType, InstanceState, InstanceWanted};
 use hv_types::{ErrorCode, ServiceError};
 use parking_lot::Mutex;
@@ -17,6 +21,8 @@ use tokio::net::TcpListener;
 use tokio::sync::broadcast;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Status};
+
+pub(crate) use store::BACKUP;
 
 pub(crate) type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -33,6 +39,8 @@ pub(crate) struct Script {
     pub(crate) short_watches: bool,
     /// Instances that do not leave a drained node.
     pub(crate) blocker: Option<String>,
+    /// What is restored is refused with this.
+    pub(crate) restore_refused: Option<String>,
 }
 
 /// Everything there is.
@@ -41,6 +49,10 @@ pub(crate) struct Model {
     pub(crate) instances: BTreeMap<String, v1::Instance>,
     pub(crate) nodes: BTreeMap<String, v1::Node>,
     pub(crate) events: Vec<v1::Event>,
+    pub(crate) operations: BTreeMap<String, v1::Operation>,
+    /// What was restored.
+    pub(crate) restored: Vec<u8>,
+    pub(crate) frozen: bool,
     pub(crate) script: Script,
     /// Method and request key of each mutation, in order.
     pub(crate) mutations: Vec<(&'static str, String)>,
@@ -73,7 +85,9 @@ impl Fake {
         runtime.spawn(
             tonic::transport::Server::builder()
                 .add_service(ComputeServiceServer::new(service.clone()))
-                .add_service(ClusterServiceServer::new(service))
+                .add_service(ClusterServiceServer::new(service.clone()))
+                .add_service(OperationServiceServer::new(service.clone()))
+                .add_service(StoreServiceServer::new(service))
                 .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true))),
         );
         drop(_entered);
@@ -134,6 +148,9 @@ impl Model {
             instances: BTreeMap::new(),
             nodes: BTreeMap::new(),
             events: Vec::new(),
+            operations: BTreeMap::new(),
+            restored: Vec::new(),
+            frozen: false,
             script: Script::default(),
             mutations: Vec::new(),
             request_ids: Vec::new(),

@@ -5,6 +5,7 @@ mod changes;
 mod console;
 mod errors;
 mod fake;
+mod operators;
 mod program;
 mod reading;
 #[cfg(unix)]

@@ -19,6 +19,7 @@ instance create
 instance delete
 instance describe
 instance exec
+instance explain
 instance get
 instance list
 instance logs
@@ -30,12 +31,30 @@ instance stats
 instance stop
 man
 microvm …
+node confirm-down
 node cordon
 node describe
 node drain
 node get
+node hold-failover
 node list
+node release-failover
+node remove
 node uncordon
+node update
+operation cancel
+operation get
+operation list
+operation watch
+schedule
+store backup
+store compact
+store dump
+store freeze
+store migrate
+store restore
+store status
+store unfreeze
 version
 vm …";
 

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use hv_cluster::Cluster;
+use hv_cluster::{Cluster, Done};
 use hv_cluster::cache::{Batch, Delta, State};
-use hv_cluster::nodes::{Inventory, NodeFilter, Shown};
+use hv_cluster::nodes::{DrainOptions, Inventory, NodeFilter, Settings, Shown, Sign};
 use hv_cluster::page::Page;
 use hv_proto::v1::cluster_service_server::ClusterService;
 use hv_proto::{convert, v1};
@@ -13,7 +13,7 @@ use hv_types::{ClusterId, InstanceState, Invalid, NodeId, NodeStatus, Revision};
 use pbjson_types::Empty;
 use tonic::{Request, Response, Status};
 
-use super::request::{failed, id, refuse};
+use super::request::{failed, id, mutation, refuse};
 use super::watch::{View, watch};
 use super::{ReplyStream, Shared, VERSION, empty};
 
@@ -22,11 +22,6 @@ pub(crate) struct Service(pub(crate) Shared);
 impl Service {
     fn cluster(&self) -> &Arc<Cluster> {
         &self.0.cluster
-    }
-
-    async fn schedule(&self, node: &str, wanted: Schedulability, discard: bool) -> Result<Shown, Status> {
-        let node = id(node)?;
-        self.cluster().set_schedulability(&node, Some(wanted), discard, &[]).await.map_err(failed)
     }
 }
 
@@ -38,8 +33,17 @@ fn reply((record, view): &Shown, with_images: bool) -> Response<v1::Node> {
     Response::new(convert::node_to(record, view, with_images))
 }
 
+/// The answer to a change of a node.
+fn changed(outcome: hv_cluster::Result<Done<v1::Node>>) -> Result<Response<v1::Node>, Status> {
+    outcome.map(|done| Response::new(done.reply)).map_err(failed)
+}
+
 fn seconds(duration: std::time::Duration) -> i64 {
     i64::try_from(duration.as_secs_f64().ceil() as u64).unwrap_or(i64::MAX)
+}
+
+fn milliseconds(duration: std::time::Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[tonic::async_trait]
@@ -54,13 +58,16 @@ impl ClusterService for Service {
         let request = request.into_inner();
         let claims = claimed_cluster(&request.cluster_id)?;
         let node = convert::node_from_registration(request).map_err(refuse)?;
-        let node_id = self.cluster().register_node(claims.as_ref(), node).await.map_err(failed)?;
-        let config = self.cluster().config();
+        let registered = self.cluster().register_node(claims.as_ref(), node).await.map_err(failed)?;
+        let beat = registered.beat;
         Ok(Response::new(v1::RegisterNodeResponse {
-            node_id: node_id.to_string(),
-            heartbeat_interval_seconds: seconds(config.heartbeat_interval),
-            lease_ttl_seconds: seconds(config.heartbeat_timeout),
+            node_id: registered.id.to_string(),
+            heartbeat_interval_seconds: seconds(beat.next),
+            lease_ttl_seconds: seconds(beat.lease_ttl),
             cluster_id: self.cluster().id().to_string(),
+            heartbeat_interval_ms: milliseconds(beat.next),
+            lease_ttl_ms: milliseconds(beat.lease_ttl),
+            failover_held: beat.failover_held,
         }))
     }
 
@@ -68,8 +75,11 @@ impl ClusterService for Service {
         &self,
         request: Request<v1::DeregisterNodeRequest>,
     ) -> Result<Response<Empty>, Status> {
-        let node = id(&request.into_inner().node_id)?;
-        self.cluster().deregister_node(&node).await.map_err(failed)?;
+        let mut request = request.into_inner();
+        let key = std::mem::take(&mut request.request_key);
+        let mutation = mutation("ClusterService/DeregisterNode", &key, &request)?;
+        let node = id(&request.node_id)?;
+        self.cluster().deregister_node(&mutation, &node, request.force).await.map_err(failed)?;
         Ok(Response::new(empty()))
     }
 
@@ -112,7 +122,9 @@ impl ClusterService for Service {
         &self,
         request: Request<v1::UpdateNodeStatusRequest>,
     ) -> Result<Response<v1::Node>, Status> {
-        let request = request.into_inner();
+        let mut request = request.into_inner();
+        let key = std::mem::take(&mut request.request_key);
+        let mutation = mutation("ClusterService/UpdateNodeStatus", &key, &request)?;
         let node = id(&request.node_id)?;
         let wanted = match convert::status_from(request.status).map_err(refuse)? {
             None => None,
@@ -131,9 +143,7 @@ impl ClusterService for Service {
             .map(convert::condition_from)
             .collect::<Result<_, _>>()
             .map_err(refuse)?;
-        let shown =
-            self.cluster().set_schedulability(&node, wanted, false, &conditions).await.map_err(failed)?;
-        Ok(reply(&shown, false))
+        changed(self.cluster().update_node_status(&mutation, &node, wanted, &conditions).await)
     }
 
     async fn heartbeat(
@@ -144,17 +154,59 @@ impl ClusterService for Service {
         let claims = claimed_cluster(&request.cluster_id)?;
         let node = id(&request.node_id)?;
         let inventory = if request.inventory_changed { Some(inventory(&request)?) } else { None };
-        let accepted = self
-            .cluster()
-            .heartbeat(claims.as_ref(), &node, inventory, request.usage)
-            .await
-            .map_err(failed)?;
+        let fencing = match request.fencing {
+            Some(fencing) => Some(convert::fencing_from(Some(fencing)).map_err(refuse)?),
+            None => None,
+        };
+        let sign = Sign { inventory, usage: request.usage, fencing };
+        let beat = self.cluster().heartbeat(claims.as_ref(), &node, sign).await.map_err(failed)?;
         metrics::counter!("hypervisor_heartbeats_total").increment(1);
-        Ok(Response::new(v1::HeartbeatResponse {
-            accepted,
-            next_heartbeat_seconds: seconds(self.cluster().config().heartbeat_interval),
-            commands: Vec::new(),
+        Ok(Response::new(match beat {
+            Some(beat) => v1::HeartbeatResponse {
+                accepted: true,
+                next_heartbeat_seconds: seconds(beat.next),
+                commands: Vec::new(),
+                next_heartbeat_ms: milliseconds(beat.next),
+                lease_ttl_ms: milliseconds(beat.lease_ttl),
+                failover_held: beat.failover_held,
+            },
+            // It has to register again, and does so at once.
+            None => v1::HeartbeatResponse::default(),
         }))
+    }
+
+    async fn update_node(
+        &self,
+        request: Request<v1::UpdateNodeRequest>,
+    ) -> Result<Response<v1::Node>, Status> {
+        let mut request = request.into_inner();
+        let key = std::mem::take(&mut request.request_key);
+        let mutation = mutation("ClusterService/UpdateNode", &key, &request)?;
+        let node = id(&request.node_id)?;
+        let settings = settings(request).map_err(refuse)?;
+        changed(self.cluster().update_node_settings(&mutation, &node, &settings).await)
+    }
+
+    async fn set_node_failover(
+        &self,
+        request: Request<v1::SetNodeFailoverRequest>,
+    ) -> Result<Response<v1::Node>, Status> {
+        let mut request = request.into_inner();
+        let key = std::mem::take(&mut request.request_key);
+        let mutation = mutation("ClusterService/SetNodeFailover", &key, &request)?;
+        let node = id(&request.node_id)?;
+        changed(self.cluster().set_node_failover(&mutation, &node, request.held).await)
+    }
+
+    async fn confirm_node_down(
+        &self,
+        request: Request<v1::ConfirmNodeDownRequest>,
+    ) -> Result<Response<v1::Node>, Status> {
+        let mut request = request.into_inner();
+        let key = std::mem::take(&mut request.request_key);
+        let mutation = mutation("ClusterService/ConfirmNodeDown", &key, &request)?;
+        let node = id(&request.node_id)?;
+        changed(self.cluster().confirm_node_down(&mutation, &node).await)
     }
 
     async fn watch_nodes(
@@ -202,34 +254,35 @@ impl ClusterService for Service {
         &self,
         request: Request<v1::CordonNodeRequest>,
     ) -> Result<Response<v1::Node>, Status> {
-        let shown = self.schedule(&request.into_inner().node_id, Schedulability::Cordoned, false).await?;
-        Ok(reply(&shown, false))
+        let mut request = request.into_inner();
+        let key = std::mem::take(&mut request.request_key);
+        let mutation = mutation("ClusterService/CordonNode", &key, &request)?;
+        let node = id(&request.node_id)?;
+        changed(self.cluster().cordon_node(&mutation, &node).await)
     }
 
     async fn uncordon_node(
         &self,
         request: Request<v1::UncordonNodeRequest>,
     ) -> Result<Response<v1::Node>, Status> {
-        let shown = self.schedule(&request.into_inner().node_id, Schedulability::Open, false).await?;
-        Ok(reply(&shown, false))
+        let mut request = request.into_inner();
+        let key = std::mem::take(&mut request.request_key);
+        let mutation = mutation("ClusterService/UncordonNode", &key, &request)?;
+        let node = id(&request.node_id)?;
+        changed(self.cluster().uncordon_node(&mutation, &node).await)
     }
 
     async fn drain_node(
         &self,
         request: Request<v1::DrainNodeRequest>,
     ) -> Result<Response<v1::DrainNodeResponse>, Status> {
-        let request = request.into_inner();
-        let shown =
-            self.schedule(&request.node_id, Schedulability::Draining, request.discard_local_disks).await?;
-        let (moving, blockers) = self.cluster().drain_outlook(&shown.0.id);
-        Ok(Response::new(v1::DrainNodeResponse {
-            node: Some(convert::node_to(&shown.0, &shown.1, false)),
-            moving_instance_ids: moving.iter().map(ToString::to_string).collect(),
-            blockers: blockers
-                .into_iter()
-                .map(|b| v1::DrainBlocker { instance_id: b.id.to_string(), name: b.name, reason: b.reason })
-                .collect(),
-        }))
+        let mut request = request.into_inner();
+        let key = std::mem::take(&mut request.request_key);
+        let mutation = mutation("ClusterService/DrainNode", &key, &request)?;
+        let node = id(&request.node_id)?;
+        let options = DrainOptions::new(request.discard_local_disks, request.max_parallel).map_err(refuse)?;
+        let done = self.cluster().drain_node(&mutation, &node, options).await.map_err(failed)?;
+        Ok(Response::new(done.reply))
     }
 
     async fn list_events(
@@ -262,6 +315,16 @@ impl ClusterService for Service {
         let view = EventView::new(request.object_kind, request.object_id, request.warnings_only);
         Ok(self.0.until_stop(watch(self.cluster().clone(), view, 0).await?))
     }
+}
+
+fn settings(request: v1::UpdateNodeRequest) -> Result<Settings, Invalid> {
+    let taints = request.taints.map(|list| list.taints.into_iter().map(convert::taint_from).collect());
+    let reserved = request.reserved.map(|reserved| convert::resources_from("reserved", Some(reserved)));
+    Ok(Settings {
+        taints: taints.transpose()?,
+        overcommit: request.overcommit.map(|overcommit| convert::overcommit_from(Some(overcommit))),
+        reserved: reserved.transpose()?,
+    })
 }
 
 fn inventory(request: &v1::HeartbeatRequest) -> Result<Inventory, Status> {
@@ -372,7 +435,7 @@ impl View for EventView {
     fn changes(&self, _: &Cluster, batch: &Batch) -> Vec<v1::Event> {
         let events = batch.deltas.iter().filter_map(|delta| match delta {
             Delta::Event(event) if self.matches(event) => Some(convert::event_to(event)),
-            Delta::Event(_) | Delta::Instance { .. } | Delta::Node { .. } => None,
+            Delta::Event(_) | Delta::Operation { .. } | Delta::Instance { .. } | Delta::Node { .. } => None,
         });
         events.collect()
     }

@@ -51,6 +51,10 @@ fn answered(done: hv_cluster::Done<v1::Instance>) -> Response<v1::Instance> {
     Response::new(instance)
 }
 
+fn template(template: Option<v1::CreateInstanceRequest>) -> Result<v1::CreateInstanceRequest, Status> {
+    template.ok_or_else(|| refuse(Invalid::new("template", "", "must be given")))
+}
+
 fn stop_options(force: bool, timeout_seconds: i32) -> Result<StopOptions, Status> {
     let timeout_seconds = match u32::try_from(timeout_seconds) {
         Ok(0) => StopOptions::DEFAULT_TIMEOUT_SECONDS,
@@ -91,6 +95,42 @@ impl ComputeService for Service {
         let done = self.cluster().create_instance(&mutation, record).await.map_err(failed)?;
         metrics::counter!("hypervisor_creates_total").increment(1);
         Ok(answered(done))
+    }
+
+    async fn create_instances(
+        &self,
+        request: Request<v1::CreateInstancesRequest>,
+    ) -> Result<Response<v1::CreateInstancesResponse>, Status> {
+        let mut request = request.into_inner();
+        let key = request.template.as_mut().map(|template| take_key!(template)).unwrap_or_default();
+        let mutation = mutation("ComputeService/CreateInstances", &key, &request)?;
+        let count = usize::try_from(request.count).unwrap_or(usize::MAX);
+        let template = convert::create_request_from(template(request.template)?).map_err(refuse)?;
+        let done = self.cluster().create_instances(&mutation, template, count).await.map_err(failed)?;
+        metrics::counter!("hypervisor_creates_total").increment(done.reply.instances.len() as u64);
+        Ok(Response::new(v1::CreateInstancesResponse { revision: done.revision.0, ..done.reply }))
+    }
+
+    async fn explain_instance(
+        &self,
+        request: Request<v1::ExplainInstanceRequest>,
+    ) -> Result<Response<v1::PlacementExplanation>, Status> {
+        let instance: InstanceId = id(&request.into_inner().instance_id)?;
+        Ok(Response::new(self.cluster().explain_instance(&instance).await.map_err(failed)?))
+    }
+
+    async fn preview_placement(
+        &self,
+        request: Request<v1::PreviewPlacementRequest>,
+    ) -> Result<Response<v1::PreviewPlacementResponse>, Status> {
+        let request = request.into_inner();
+        let mut template = template(request.template)?;
+        if template.name.is_empty() {
+            template.name = "preview".into();
+        }
+        let record = convert::create_request_from(template).map_err(refuse)?;
+        let count = request.count.max(1);
+        Ok(Response::new(self.cluster().preview_placement(record, count).await.map_err(failed)?))
     }
 
     async fn delete_instance(
@@ -135,7 +175,7 @@ impl ComputeService for Service {
         };
         let listed = self.cluster().instances(&filter, &page).await.map_err(failed)?;
         Ok(Response::new(v1::ListInstancesResponse {
-            instances: listed.instances.iter().map(|record| convert::instance_to(record)).collect(),
+            instances: listed.instances,
             next_page_token: listed.next_page_token,
             total_count: i32::try_from(listed.total).unwrap_or(i32::MAX),
             revision: listed.revision.0,
@@ -380,23 +420,21 @@ impl View for InstanceView {
         }
     }
 
-    fn changes(&self, cluster: &Cluster, batch: &Batch) -> Vec<v1::InstanceEvent> {
+    fn changes(&self, _cluster: &Cluster, batch: &Batch) -> Vec<v1::InstanceEvent> {
         if batch.deltas.is_empty() {
             return Vec::new();
         }
-        cluster.cache().read(|state| {
-            let meant = |delta: &&Delta| match (&self.only, delta) {
-                (Some(only), Delta::Instance { id, .. }) => id == only,
-                _ => true,
-            };
-            let seen = batch.deltas.iter().filter(meant).filter_map(|delta| self.filter.see(state, delta));
-            seen.map(|seen| match seen {
-                Seen::Added(record) => event(v1::EventType::Added, &record, batch.revision),
-                Seen::Modified(record) => event(v1::EventType::Modified, &record, batch.revision),
-                Seen::Deleted(record) => event(v1::EventType::Deleted, &record, batch.revision),
-            })
-            .collect()
+        let meant = |at: &usize| match (&self.only, &batch.deltas[*at]) {
+            (Some(only), Delta::Instance { id, .. }) => id == only,
+            _ => true,
+        };
+        let seen = (0..batch.deltas.len()).filter(meant).filter_map(|at| self.filter.see(batch, at));
+        seen.map(|seen| match seen {
+            Seen::Added(record) => event(v1::EventType::Added, &record, batch.revision),
+            Seen::Modified(record) => event(v1::EventType::Modified, &record, batch.revision),
+            Seen::Deleted(record) => event(v1::EventType::Deleted, &record, batch.revision),
         })
+        .collect()
     }
 
     fn set_revision(&self, event: &mut v1::InstanceEvent, revision: Revision) {

@@ -2,8 +2,10 @@
 
 mod calls;
 mod config;
+mod limits;
 mod paging;
 mod ports;
 mod refusals;
+mod store;
 mod watches;
 mod world;

@@ -129,10 +129,7 @@ fn http_body(bytes: &[u8]) -> tonic::body::Body {
 }
 
 /// Sends a raw request over a channel; the gRPC status of the answer.
-async fn call(
-    channel: &mut tonic::transport::Channel,
-    request: axum::http::Request<tonic::body::Body>,
-) -> Code {
+async fn call(channel: &mut hv_client::Wire, request: axum::http::Request<tonic::body::Body>) -> Code {
     use tonic::client::GrpcService;
     std::future::poll_fn(|context| channel.poll_ready(context)).await.unwrap();
     let answer = GrpcService::call(channel, request).await.unwrap();

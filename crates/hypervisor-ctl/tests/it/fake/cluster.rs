@@ -33,8 +33,13 @@ impl ClusterService for Service {
         unsupported()
     }
 
-    async fn deregister_node(&self, _: Request<v1::DeregisterNodeRequest>) -> Answer<Empty> {
-        unsupported()
+    async fn deregister_node(&self, request: Request<v1::DeregisterNodeRequest>) -> Answer<Empty> {
+        let request = request.into_inner();
+        if !request.force {
+            return Err(status(ErrorCode::FailedPrecondition, "node alpha still has 1 instance; drain it"));
+        }
+        self.0.lock().nodes.remove(&request.node_id);
+        Ok(Response::new(Empty {}))
     }
 
     async fn get_node(&self, request: Request<v1::GetNodeRequest>) -> Answer<v1::Node> {
@@ -66,6 +71,38 @@ impl ClusterService for Service {
 
     async fn heartbeat(&self, _: Request<v1::HeartbeatRequest>) -> Answer<v1::HeartbeatResponse> {
         unsupported()
+    }
+
+    async fn update_node(&self, request: Request<v1::UpdateNodeRequest>) -> Answer<v1::Node> {
+        let request = request.into_inner();
+        let mut model = self.0.lock();
+        model.mutations.push(("update_node", request.request_key));
+        let node = model.nodes.get_mut(&request.node_id);
+        let node = node.ok_or_else(|| status(ErrorCode::NotFound, "no such node"))?;
+        node.taints = request.taints.map(|list| list.taints).unwrap_or_default();
+        node.overcommit = request.overcommit;
+        node.reserved = request.reserved;
+        Ok(Response::new(node.clone()))
+    }
+
+    async fn set_node_failover(&self, request: Request<v1::SetNodeFailoverRequest>) -> Answer<v1::Node> {
+        let request = request.into_inner();
+        let mut model = self.0.lock();
+        model.mutations.push(("set_node_failover", request.request_key));
+        let node = model.nodes.get_mut(&request.node_id);
+        let node = node.ok_or_else(|| status(ErrorCode::NotFound, "no such node"))?;
+        node.failover_held = request.held;
+        Ok(Response::new(node.clone()))
+    }
+
+    async fn confirm_node_down(&self, request: Request<v1::ConfirmNodeDownRequest>) -> Answer<v1::Node> {
+        let request = request.into_inner();
+        let mut model = self.0.lock();
+        model.mutations.push(("confirm_node_down", request.request_key));
+        let node = model.nodes.get_mut(&request.node_id);
+        let node = node.ok_or_else(|| status(ErrorCode::NotFound, "no such node"))?;
+        node.confirmed_down = true;
+        Ok(Response::new(node.clone()))
     }
 
     async fn watch_nodes(&self, _: Request<v1::WatchNodesRequest>) -> Answer<Self::WatchNodesStream> {
@@ -108,17 +145,40 @@ impl ClusterService for Service {
         let node = self
             .set_status("drain", (&request.node_id, &request.request_key), NodeStatus::Draining)?
             .into_inner();
-        let model = self.0.lock();
-        let blockers = model.script.blocker.iter().map(|reason| v1::DrainBlocker {
-            instance_id: "id".into(),
-            name: "web".into(),
-            reason: reason.clone(),
-        });
-        // The first call moves something, the second finds nothing left.
-        let drains = model.mutations.iter().filter(|(method, _)| *method == "drain").count();
-        let moving_instance_ids = if drains == 1 { vec!["moving".into()] } else { vec![] };
-        let answer =
-            v1::DrainNodeResponse { node: Some(node), moving_instance_ids, blockers: blockers.collect() };
+        let mut model = self.0.lock();
+        let blockers: Vec<_> = model
+            .script
+            .blocker
+            .iter()
+            .map(|reason| v1::OperationBlocker {
+                object_id: "id".into(),
+                object_name: "web".into(),
+                reason: reason.clone(),
+            })
+            .collect();
+        let operation = v1::Operation {
+            id: "0190a1b2-drain".into(),
+            kind: "drain-node".into(),
+            object_kind: "node".into(),
+            object_id: node.id.clone(),
+            object_name: node.hostname.clone(),
+            state: v1::OperationState::Running as i32,
+            phase: "moving".into(),
+            message: "0 of 1 moved".into(),
+            total: 1,
+            parameters: [("max_parallel".to_owned(), request.max_parallel.to_string())].into(),
+            blockers,
+            ..Default::default()
+        };
+        let operation_id = operation.id.clone();
+        model.operations.insert(operation_id.clone(), operation);
+        let moving_instance_ids = vec!["moving".into()];
+        let answer = v1::DrainNodeResponse {
+            node: Some(node),
+            moving_instance_ids,
+            operation_id,
+            ..Default::default()
+        };
         Ok(Response::new(answer))
     }
 

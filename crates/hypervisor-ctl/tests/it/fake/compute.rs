@@ -95,6 +95,63 @@ impl ComputeService for Service {
         Ok(Response::new(answer))
     }
 
+    async fn create_instances(
+        &self,
+        request: Request<v1::CreateInstancesRequest>,
+    ) -> Answer<v1::CreateInstancesResponse> {
+        let request = request.into_inner();
+        let template = request.template.unwrap_or_default();
+        hv_proto::convert::create_request_from(template.clone())
+            .map_err(|invalid| status(ErrorCode::InvalidArgument, invalid.to_string()))?;
+        let mut model = self.0.lock();
+        model.mutations.push(("create-set", template.request_key.clone()));
+        let mut instances = Vec::new();
+        for number in 1..=request.count {
+            let name = format!("{}-{number}", template.name);
+            let instance = v1::Instance {
+                id: format!("new-{name}"),
+                name: name.clone(),
+                r#type: template.r#type,
+                state: InstanceState::Pending as i32,
+                wanted: InstanceWanted::Running as i32,
+                spec: template.spec.clone(),
+                placement: template.placement.clone(),
+                restart_policy: template.restart_policy,
+                failover_policy: template.failover_policy,
+                set: template.name.clone(),
+                generation: 1,
+                ..Default::default()
+            };
+            let answer = model.store(instance);
+            self.settle(&mut model, &answer);
+            instances.push(v1::CreatedInstance { id: answer.id, name, node_id: String::new() });
+        }
+        Ok(Response::new(v1::CreateInstancesResponse { instances, revision: 1 }))
+    }
+
+    async fn explain_instance(
+        &self,
+        _: Request<v1::ExplainInstanceRequest>,
+    ) -> Answer<v1::PlacementExplanation> {
+        Ok(Response::new(explanation()))
+    }
+
+    async fn preview_placement(
+        &self,
+        request: Request<v1::PreviewPlacementRequest>,
+    ) -> Answer<v1::PreviewPlacementResponse> {
+        let count = request.get_ref().count;
+        Ok(Response::new(v1::PreviewPlacementResponse {
+            nodes: vec![v1::PreviewedNode {
+                node_id: "node-a-id".into(),
+                hostname: "alpha".into(),
+                count: 1,
+            }],
+            unplaced: count.saturating_sub(1),
+            explanation: Some(explanation()),
+        }))
+    }
+
     async fn delete_instance(&self, request: Request<v1::DeleteInstanceRequest>) -> Answer<Empty> {
         let request = request.into_inner();
         self.change("delete", (&request.instance_id, &request.request_key), |instance| {
@@ -330,5 +387,21 @@ impl ComputeService for Service {
         let request = request.into_inner();
         let text = format!("tail {} follow {}\n", request.tail_lines, request.follow);
         Ok(Response::new(Box::pin(tokio_stream::iter([Ok(v1::LogChunk { data: text.into() })]))))
+    }
+}
+
+/// Two nodes, both too small.
+fn explanation() -> v1::PlacementExplanation {
+    v1::PlacementExplanation {
+        total_nodes: 2,
+        rejections: vec![v1::RuleRejection {
+            rule: "Cpu".into(),
+            nodes: 2,
+            message: "with fewer than 8 free cores".into(),
+            examples: vec!["alpha".into(), "beta".into()],
+        }],
+        summary: "none of 2 nodes can take it".into(),
+        remedies: vec!["free 4 cores on alpha".into()],
+        ..Default::default()
     }
 }

@@ -1,10 +1,5 @@
-//! `make bench`: what the system costs, beside bare QEMU on the same machine in the same run.
-//!
-//! - Create to guest: from the call of CreateInstance to the guest's greeting on its console, against QEMU started by
-//!   hand with exactly the same arguments; in turns, medians over several rounds.
-//! - Idle memory of server and agent, and how long `hypervisor-ctl version` takes.
-//!
-//! Prints a table, and writes the raw figures as JSON to the file named by the first argument.
+//! From the create call to the guest's greeting, against QEMU started by hand with the same arguments, in turns; and what
+//! the idle programs cost.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,10 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use hv_client::ComputeClient;
 use hv_testkit::{
-    AgentOptions, Ask, Cluster, ClusterOptions, Program, create_request, image_dir, qemu_processes, until,
-    until_gone,
+    AgentOptions, Ask, Cluster, ClusterOptions, Program, Usage, create_request, image_dir, median,
+    qemu_processes, until, until_gone,
 };
 use serde_json::json;
+
+use crate::report::{Bar, Row};
 
 /// What the guest image prints when it is up.
 const GREETING: &[u8] = b"hypervisor-guest: hello";
@@ -29,60 +26,53 @@ const IDLE: Duration = Duration::from_secs(5);
 /// How often a console is looked at; the same for both, and far below what is measured.
 const LOOK: Duration = Duration::from_millis(5);
 
-#[tokio::main]
-async fn main() -> Result<()> {
+pub(crate) async fn measure() -> Result<Vec<Row>> {
     let images = image_dir().context("there is no guest image: run hack/setup.sh images")?;
     let mut cluster = Cluster::start(ClusterOptions::default()).await?;
     let options = AgentOptions { drivers: vec!["qemu"], image_dir: Some(images), ..AgentOptions::default() };
     let agent = cluster.add_agent(options).await?;
     cluster.until_ready(1).await?;
     tokio::time::sleep(IDLE).await;
-    let server_kib = cluster.server().map(|p| resident_kib(p.id())).context("the server is gone")??;
-    let agent_kib = cluster.agent(agent).map(|p| resident_kib(p.id())).context("the agent is gone")??;
+    let server = Usage::of(cluster.server().context("the server is gone")?.id())?.resident_bytes;
+    let agent = Usage::of(cluster.agent(agent).context("the agent is gone")?.id())?.resident_bytes;
     let version_ms = version_times()?;
 
     let rounds = std::env::var("BENCH_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(ROUNDS);
     let client = cluster.clients()?.compute();
     let (mut through, mut bare) = (Vec::new(), Vec::new());
     for round in 0..=rounds {
-        eprintln!("round {round} of {rounds}{}", if round == 0 { " (warms up, is not counted)" } else { "" });
-        let (ms, machine) = through_system(&client, &format!("bench-{round}")).await?;
+        let (ms, machine) = through_system(&client, &format!("bench-{round}-x")).await?;
         let alone = bare_qemu(&machine)?;
+        // The first round warms up.
         if round > 0 {
             through.push(ms);
             bare.push(alone);
         }
     }
-    let (system_ms, bare_ms) = (median(&through), median(&bare));
-    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    println!("load average: {}", load.trim());
-    row("measure", "system", "bare QEMU", "ratio", "bar");
-    let ratio = system_ms / bare_ms;
-    row(
-        "create to guest",
-        &format!("{system_ms:.0} ms"),
-        &format!("{bare_ms:.0} ms"),
-        &format!("{ratio:.3}"),
-        "1.10",
-    );
-    row("server, idle", &format!("{:.1} MiB", server_kib / 1024.0), "", "", "40 MiB");
-    row("agent, idle", &format!("{:.1} MiB", agent_kib / 1024.0), "", "", "25 MiB");
-    row("hypervisor-ctl version", &format!("{:.1} ms", median(&version_ms)), "", "", "10 ms");
-    let raw = json!({
-        "create_to_guest_ms": { "system": through, "bare_qemu": bare, "ratio_of_medians": ratio },
-        "idle_memory_kib": { "server": server_kib, "agent": agent_kib },
-        "ctl_version_ms": version_ms,
-        "load_average": load.trim(),
-    });
-    if let Some(file) = std::env::args().nth(1) {
-        std::fs::write(&file, format!("{raw:#}\n"))?;
-        println!("raw figures: {file}");
-    }
-    Ok(())
-}
-
-fn row(measure: &str, system: &str, bare: &str, ratio: &str, bar: &str) {
-    println!("{measure:<24} {system:>12} {bare:>12} {ratio:>8} {bar:>8}");
+    let row = |measure: &str, unit, bar, measured, baseline, raw| Row {
+        measure: measure.into(),
+        unit,
+        bar: Some(bar),
+        measured,
+        baseline,
+        raw,
+    };
+    let baseline = Some(("bare QEMU".to_owned(), median(&bare)));
+    let raw = json!({ "system_ms": through, "bare_qemu_ms": bare });
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    Ok(vec![
+        row("create to guest", "ms", Bar::TimesAtMost(1.1), median(&through), baseline, raw),
+        row("server's memory, idle", "MiB", Bar::Most(40.0), mib(server), None, json!(server)),
+        row("agent's memory, idle", "MiB", Bar::Most(25.0), mib(agent), None, json!(agent)),
+        row(
+            "`hypervisor-ctl version`",
+            "ms",
+            Bar::Most(10.0),
+            median(&version_ms),
+            None,
+            json!(version_ms),
+        ),
+    ])
 }
 
 /// What is needed to start the same machine by hand.
@@ -148,12 +138,6 @@ fn wait_for_greeting(dir: &Path, begin: Instant) -> Result<()> {
     }
 }
 
-fn resident_kib(pid: u32) -> Result<f64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
-    Ok(line.split_whitespace().nth(1).context("no figure")?.parse()?)
-}
-
 fn version_times() -> Result<Vec<f64>> {
     let program = Program::Ctl.path()?;
     let mut times = Vec::with_capacity(VERSIONS);
@@ -164,15 +148,4 @@ fn version_times() -> Result<Vec<f64>> {
         ensure!(status.success(), "hypervisor-ctl version failed");
     }
     Ok(times)
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    match sorted.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => sorted[middle],
-        _ => f64::midpoint(sorted[middle - 1], sorted[middle]),
-    }
 }

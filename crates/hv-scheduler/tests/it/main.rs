@@ -1,0 +1,9 @@
+//! Tests of the scheduler through its public interface.
+
+mod claims;
+mod explain;
+mod model;
+mod others;
+mod preemption;
+mod reference;
+mod world;
