@@ -14,7 +14,7 @@ use hv_store::embedded::{EmbeddedOptions, EmbeddedStore};
 use hv_store::etcd::EtcdStore;
 use hv_store::keys::Keys;
 use hv_store::record::{Record, encode_message};
-use hv_store::{Op, SharedStore, Store, StoreExt, Txn};
+use hv_store::{Op, SharedStore, StoreExt, Txn};
 use hv_types::{InstanceRecord, RequestKey};
 use tokio::task::JoinSet;
 use tokio::time::Instant;

@@ -27,6 +27,7 @@ pub mod placer;
 pub mod reconcile;
 pub mod reports;
 mod requests;
+mod upkeep;
 
 use std::sync::Arc;
 use std::time::SystemTime;

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
+use hv_cluster::cache::State;
 use hv_cluster::{Cluster, ClusterConfig, Election};
 use hv_telemetry::Shutdown;
 use hv_telemetry::health::Health;
@@ -154,6 +155,8 @@ fn run_parts(cluster: &Arc<Cluster>, shutdown: &Shutdown) -> Arc<Election> {
     spawn("placer", Box::pin(async move { c.run_placer(l, t).await }));
     let (c, l, t) = (cluster.clone(), election.leadership(), token());
     spawn("reconciler", Box::pin(async move { c.run_reconciler(l, t).await }));
+    let (c, l, t) = (cluster.clone(), election.leadership(), token());
+    spawn("store upkeep", Box::pin(async move { c.run_store_upkeep(l, t).await }));
     let (c, t) = (cluster.clone(), token());
     spawn("events", Box::pin(async move { c.events().run(c.cache(), t).await }));
     election
@@ -177,16 +180,12 @@ fn run_upkeep(cluster: &Arc<Cluster>, health: &Health, metrics: Metrics, shutdow
             } else {
                 check.not_ready("the cache does not follow the store");
             }
-            let (nodes, ready, instances, pending) = cluster.cache().read(|state| {
-                let ready =
-                    state.nodes().filter(|(_, entry)| entry.status() == hv_types::NodeStatus::Ready).count();
-                (state.nodes().count(), ready, state.instances_after(None).count(), state.unbound().count())
-            });
+            let counts = cluster.cache().read(State::counts);
             let gauges = [
-                ("nodes", nodes),
-                ("nodes_ready", ready),
-                ("instances", instances),
-                ("instances_unbound", pending),
+                ("nodes", counts.nodes),
+                ("nodes_ready", counts.ready),
+                ("instances", counts.instances),
+                ("instances_unbound", counts.unbound),
             ];
             for (name, value) in gauges {
                 metrics::gauge!(format!("hypervisor_{name}")).set(value as f64);

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use hv_config::{HumanDuration, ListenAddress, Secret};
+use hv_config::{ByteSize, HumanDuration, ListenAddress, Secret};
 use hv_telemetry::{LogFormat, LogLevel};
 use serde::{Deserialize, Serialize};
 
@@ -89,6 +89,8 @@ pub struct EtcdSettings {
     pub dial_timeout: HumanDuration,
     /// How long a request may take.
     pub request_timeout: HumanDuration,
+    /// The members' `--quota-backend-bytes`; 0: what they report, or else etcd's default of 2 GiB.
+    pub quota: ByteSize,
     /// Where everything lies in it.
     pub prefix: String,
     /// The client certificate, PEM.
@@ -109,6 +111,7 @@ impl Default for EtcdSettings {
             endpoints: Vec::new(),
             dial_timeout: HumanDuration::from_secs(5),
             request_timeout: HumanDuration::from_secs(5),
+            quota: ByteSize::from_bytes(0),
             prefix: hv_store::keys::DEFAULT_PREFIX.into(),
             cert_file: None,
             key_file: None,

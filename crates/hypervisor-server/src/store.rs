@@ -70,6 +70,7 @@ fn etcd_options(settings: &EtcdSettings) -> anyhow::Result<EtcdOptions> {
         dial_timeout: settings.dial_timeout.get(),
         request_timeout: settings.request_timeout.get(),
         user,
+        quota_bytes: Some(settings.quota.bytes()).filter(|bytes| *bytes > 0),
         ..EtcdOptions::default()
     })
 }

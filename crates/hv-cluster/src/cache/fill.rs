@@ -21,6 +21,8 @@ use super::{Cache, decode};
 
 /// How many keys are read at once.
 const FILL_PAGE: usize = 5000;
+/// So few records are read in place: less work than handing them over, and a simulated server depends on no thread.
+const IN_PLACE: usize = 200;
 /// How many pages are read into records at once.
 const DECODERS: usize = 2;
 /// How often the log tells how far it is.
@@ -42,8 +44,9 @@ impl Cache {
             pages
                 .map_ok(|page| {
                     let keys = keys.clone();
+                    let records = page.len();
                     let read = move || page.iter().map(|kv| decode(&keys, kv)).collect::<Vec<_>>();
-                    async move { blocking(read).await }
+                    async move { blocking(records, read).await }
                 })
                 .try_buffered(DECODERS)
         );
@@ -51,7 +54,7 @@ impl Cache {
         let (mut count, mut told) = (0usize, Instant::now());
         while let Some(records) = decoded.try_next().await? {
             count += records.len();
-            state = blocking(move || take_in(state, records)).await?;
+            state = blocking(records.len(), move || take_in(state, records)).await?;
             if told.elapsed() >= PROGRESS_EVERY {
                 told = Instant::now();
                 info!(records = count, seconds = began.elapsed().as_secs(), "the cache is being filled");
@@ -117,8 +120,14 @@ fn take_in(mut state: State, records: Vec<Decoded>) -> State {
     state
 }
 
-/// Runs what takes long beside the tasks.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StoreError> {
+/// Runs what takes long for many records beside the tasks.
+async fn blocking<T: Send + 'static>(
+    records: usize,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, StoreError> {
+    if records <= IN_PLACE {
+        return Ok(work());
+    }
     // It fails only where the work panicked, or the runtime is going away.
     tokio::task::spawn_blocking(work).await.map_err(|_| StoreError::Closed)
 }

@@ -254,7 +254,7 @@ impl State {
 
 /// A node that does not answer, with its record if it has one.
 #[derive(Clone, Debug)]
-pub struct LostNode(Option<Arc<NodeRecord>>);
+pub(super) struct LostNode(Option<Arc<NodeRecord>>);
 
 /// An instance with what else decides how users see it. To take one costs little; to look at it is for later, when the
 /// state is not held any more.

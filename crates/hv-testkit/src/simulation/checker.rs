@@ -188,7 +188,7 @@ impl Checker {
             self.ever_bound.insert((node.clone(), id.clone()));
             let runs = matches!(after.state, InstanceState::Running | InstanceState::Paused);
             let bound_now = before.as_ref().is_none_or(|before| before.epoch != after.epoch);
-            if runs && (bound_now || !self.truth.lock().started.contains(&(number_of(node), id.clone()))) {
+            if runs && (bound_now || !self.truth.lock().started.contains(&(number_of(node), id))) {
                 self.history.violation(
                     3,
                     format_args!("{} is said to run on {node}, which never started it", after.name),

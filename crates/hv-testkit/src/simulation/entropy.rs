@@ -53,6 +53,7 @@ fn draw() -> Option<u64> {
 /// # Safety
 /// `buffer` has room for `length` bytes.
 #[unsafe(no_mangle)]
+#[allow(unreachable_pub, reason = "the linker reaches it")]
 pub unsafe extern "C" fn getrandom(buffer: *mut libc::c_void, length: usize, flags: libc::c_uint) -> isize {
     if STATE.get().is_none() {
         // SAFETY: the caller's promise is the kernel's condition.
@@ -75,6 +76,7 @@ pub unsafe extern "C" fn getrandom(buffer: *mut libc::c_void, length: usize, fla
 /// # Safety
 /// `time` can be written.
 #[unsafe(no_mangle)]
+#[allow(unreachable_pub, reason = "the linker reaches it")]
 pub unsafe extern "C" fn clock_gettime(clock: libc::clockid_t, time: *mut libc::timespec) -> libc::c_int {
     let simulates = STATE.get().is_some();
     let is_ours = clock == libc::CLOCK_REALTIME || clock == libc::CLOCK_MONOTONIC;

@@ -1,7 +1,5 @@
 //! What planted bugs do to messages and records on their way.
 
-use std::sync::Arc;
-
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
@@ -10,11 +8,9 @@ use hv_store::keys::{Key, Keys};
 use hv_store::record::Record;
 use hv_store::{KeyValue, Op, Revision};
 use hv_types::{InstanceRecord, InstanceState, Wanted};
-use parking_lot::Mutex;
 use prost::Message;
 use tonic::body::Body;
 
-use super::core::Core;
 use super::planted::{Bug, Planted};
 
 /// Compression flag and length before each message.
@@ -24,18 +20,15 @@ const HEAD: usize = 5;
 #[derive(Clone)]
 pub(crate) struct Meddler {
     pub(crate) planted: Planted,
-    pub(crate) core: Arc<Mutex<Core>>,
 }
 
 impl Meddler {
     /// What reaches the server of a request.
     pub(crate) async fn request(&self, request: Request<Body>) -> Request<Body> {
         let path = request.uri().path();
-        if path.ends_with("/ReportInstances")
-            && (self.planted.is(Bug::AnyEpoch) || self.planted.is(Bug::GoneTooEarly))
-        {
+        if path.ends_with("/ReportInstances") && self.planted.is(Bug::GoneTooEarly) {
             return rewrite_request(request, |reports: &mut v1::ReportInstancesRequest| {
-                reports.reports.iter_mut().for_each(|report| self.report(report));
+                reports.reports.iter_mut().for_each(Self::say_gone);
             })
             .await;
         }
@@ -50,18 +43,8 @@ impl Meddler {
         request
     }
 
-    fn report(&self, report: &mut v1::InstanceReport) {
-        if self.planted.is(Bug::AnyEpoch)
-            && let Ok(id) = report.instance_id.parse()
-        {
-            let core = self.core.lock();
-            let record =
-                core.current(&Keys::default().instance(&id)).and_then(|kv| InstanceRecord::decode(kv).ok());
-            report.epoch = record.map_or(report.epoch, |record| record.epoch.0);
-        }
-        if self.planted.is(Bug::GoneTooEarly) {
-            report.gone |= report.state() == v1::InstanceState::Deleting;
-        }
+    fn say_gone(report: &mut v1::InstanceReport) {
+        report.gone |= report.state() == v1::InstanceState::Deleting;
     }
 
     /// Whether the call never reaches a server.

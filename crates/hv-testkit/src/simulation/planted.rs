@@ -39,8 +39,6 @@ bugs! {
     EarlyProgress = "early-progress",
     /// Of ten changes one is acknowledged and lost.
     LostCommit = "lost-commit",
-    /// A report counts whatever epoch it is of.
-    AnyEpoch = "any-epoch",
     /// A node says that an instance is gone when it only begins to remove it.
     GoneTooEarly = "gone-too-early",
     /// A server that does not know tells the node to give the instance up.
@@ -53,7 +51,7 @@ bugs! {
     LostMessage = "lost-message",
     /// A node's report is answered and not written.
     UnwrittenReport = "unwritten-report",
-    /// The store ends leases after a quarter of their time: a node counts as lost while it believes in its lease.
+    /// The store ends leases after three eighths of their time: a node counts as lost while it believes in its lease.
     HastyLease = "hasty-lease",
     /// The fencer acknowledges everything and kills nothing.
     IdleFencer = "idle-fencer",

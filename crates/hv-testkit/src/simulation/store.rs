@@ -248,8 +248,8 @@ impl Store for SimStore {
         self.call(|core| {
             Ok(Health {
                 backend: "simulated",
-                version: String::new(),
-                size_bytes: 0,
+                version: env!("CARGO_PKG_VERSION").into(),
+                size_bytes: core.size_bytes(),
                 revision: core.revision(),
                 warnings: Vec::new(),
             })

@@ -122,7 +122,7 @@ impl World {
         let checker = Checker::new(history.clone(), truth.clone());
         let (store, planted) = (Shared::new(), Planted(bug));
         store.core.lock().is_hasty = planted.is(Bug::HastyLease);
-        let meddler = Meddler { planted: planted.clone(), core: store.core.clone() };
+        let meddler = Meddler { planted: planted.clone() };
         let network = Network::new(servers, *pick(&mut rng, &[0, 5, 50]), rng.random(), meddler);
         let clients =
             (0..servers).map(|server| Clients::new(network.wire(usize::MAX, Route::To(server)))).collect();

@@ -100,7 +100,7 @@ async fn crash_at(point: Point, time: u32, images: &std::path::Path, store: &Tes
     };
     cluster.add_agent_with(options, for_agent).await?;
     let mut supervisor = Supervisor { cluster, owner: owner(point), crashes: 0 };
-    let outcome = life(&mut supervisor).await;
+    let outcome = Box::pin(life(&mut supervisor)).await;
     outcome.map_err(|error| error.context(supervisor.cluster.logs()))?;
     ensure!(supervisor.crashes <= 1, "it crashed {} times", supervisor.crashes);
     Ok(supervisor.crashes == 1)

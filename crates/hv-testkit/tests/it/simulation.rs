@@ -6,7 +6,7 @@ use hv_testkit::simulation::{Bug, SimStore, run, run_all};
 /// Histories of a plain test run; `hack/simulate.sh` runs many more.
 const SEEDS: u64 = 60;
 /// Within how many histories a planted bug must show.
-const FOUND_WITHIN: u64 = 200;
+const FOUND_WITHIN: u64 = 400;
 
 macro_rules! chapters {
     ($($chapter:ident),*) => {$(
@@ -68,7 +68,9 @@ mod found {
     use super::*;
 
     planted! {
+        a_leader_that_was_deposed_and_still_writes = NoLeaderGuard,
         a_write_without_comparison = NoCompare,
+        a_cache_that_forgets_late = LateDelete,
         a_request_key_recorded_apart = RequestKeyApart,
         a_cache_that_is_behind = EarlyProgress,
         a_lost_commit = LostCommit,
@@ -78,5 +80,6 @@ mod found {
         a_misrouted_assignment = Misrouted,
         a_lost_message = LostMessage,
         an_unwritten_report = UnwrittenReport,
+        a_lease_counted_by_a_slow_clock = SlowClock,
     }
 }

@@ -46,7 +46,7 @@ fn show(context: &Context, status: &v1::StoreStatus) -> Result<u8, CtlError> {
         OutputFormat::Json | OutputFormat::Yaml => context.output.message("the store", status)?,
         OutputFormat::Name => context.output.line(format!("store/{}", escape(&status.backend)))?,
         OutputFormat::Table | OutputFormat::Wide => {
-            context.output.print(&status_page(status, context.output).text())?
+            context.output.print(&status_page(status, context.output).text())?;
         }
     }
     Ok(exit_code::OK)

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use hv_cluster::{Cluster, Done};
 use hv_cluster::cache::{Batch, Delta, State};
 use hv_cluster::nodes::{DrainOptions, Inventory, NodeFilter, Settings, Shown, Sign};
 use hv_cluster::page::Page;
+use hv_cluster::{Cluster, Done};
 use hv_proto::v1::cluster_service_server::ClusterService;
 use hv_proto::{convert, v1};
 use hv_types::node::Schedulability;
@@ -226,22 +226,19 @@ impl ClusterService for Service {
         let health = cluster.store().health().await.map_err(|error| failed(error.into()))?;
         let leader = self.0.election.leader().await.map_err(|error| failed(error.into()))?;
         let info = cluster.cache().read(|state| {
-            let (capacity, allocated) = Cluster::totals(state);
-            let ready = state.nodes().filter(|(_, entry)| entry.status() == NodeStatus::Ready).count();
-            let in_state =
-                |wanted| state.instances_after(None).filter(|i| state.view(i).state == wanted).count();
+            let counts = state.counts();
             let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
             v1::ClusterInfo {
                 cluster_id: cluster.id().to_string(),
                 cluster_name: cluster.config().name.clone(),
                 version: VERSION.into(),
-                total_nodes: count(state.nodes().count()),
-                ready_nodes: count(ready),
-                total_capacity: Some(convert::resources_to(capacity)),
-                total_allocated: Some(convert::resources_to(allocated)),
-                total_instances: count(state.instances_after(None).count()),
-                pending_instances: count(in_state(InstanceState::Pending)),
-                running_instances: count(in_state(InstanceState::Running)),
+                total_nodes: count(counts.nodes),
+                ready_nodes: count(counts.ready),
+                total_capacity: Some(convert::resources_to(counts.allocatable)),
+                total_allocated: Some(convert::resources_to(counts.allocated)),
+                total_instances: count(counts.instances),
+                pending_instances: count(counts.in_state(InstanceState::Pending)),
+                running_instances: count(counts.in_state(InstanceState::Running)),
                 store_backend: health.backend.into(),
                 leader: leader.unwrap_or_default(),
                 revision: state.revision().0,
