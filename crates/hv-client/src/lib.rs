@@ -13,7 +13,8 @@ mod request_id;
 mod wire;
 
 pub use clients::{
-    AgentClient, AssignmentClient, Clients, ClusterClient, ComputeClient, OperationClient, StoreClient, Transport,
+    AgentClient, AssignmentClient, Clients, ClusterClient, ComputeClient, OperationClient, StoreClient,
+    Transport,
 };
 pub use endpoint::{ClientOptions, ClientTls, Peer, channel, connect};
 pub use error::{ClientError, explain};

@@ -1,4 +1,4 @@
-//! What happened: recorded beside the hot path, in batches, and kept up to a number.
+//! What happened: recorded beside the hot path, those of a moment in one record, and kept up to a number and an age.
 //!
 //! # Caveats
 //! Events are for people. They are written a moment after what they tell of, and are dropped (and counted) when they come
@@ -26,11 +26,15 @@ const LINGER: Duration = Duration::from_millis(50);
 /// Old events are removed once there are so many more than are kept.
 const TRIM_SLACK: usize = 256;
 
+/// Events are removed once they are so much older than they may become.
+const AGE_SLACK: Duration = Duration::from_secs(60);
+
 /// Records events.
 pub struct EventLog {
     store: SharedStore,
     keys: Keys,
     limit: usize,
+    max_age: Duration,
     queue: mpsc::Sender<Event>,
     pending: Mutex<Option<mpsc::Receiver<Event>>>,
 }
@@ -45,9 +49,9 @@ pub enum About<'a> {
 }
 
 impl EventLog {
-    pub(crate) fn new(store: SharedStore, keys: Keys, limit: usize) -> Self {
+    pub(crate) fn new(store: SharedStore, keys: Keys, limit: usize, max_age: Duration) -> Self {
         let (queue, pending) = mpsc::channel(QUEUE_BOUND);
-        Self { store, keys, limit, queue, pending: Mutex::new(Some(pending)) }
+        Self { store, keys, limit, max_age, queue, pending: Mutex::new(Some(pending)) }
     }
 
     /// Records that `reason` happened to an object; `message` is for people.
@@ -123,13 +127,18 @@ impl EventLog {
         }
     }
 
+    /// Removes records that hold nothing but events which are too many or too old.
     async fn trim(&self, cache: &Cache) {
+        let oldest = SystemTime::now().checked_sub(self.max_age).unwrap_or(SystemTime::UNIX_EPOCH);
         let first_kept = cache.read(|state| {
-            (state.event_count() > self.limit + TRIM_SLACK)
-                .then(|| {
-                    state.events_before(None).nth(self.limit.saturating_sub(1)).map(|event| event.id.clone())
-                })
-                .flatten()
+            let too_many = state.event_count() > self.limit + TRIM_SLACK;
+            let too_old = state.oldest_event().is_some_and(|event| event.at + AGE_SLACK < oldest);
+            if !too_many && !too_old {
+                return None;
+            }
+            let kept = state.events_before(None).take(self.limit).take_while(|event| event.at >= oldest);
+            let last = kept.last().or_else(|| state.events_before(None).next())?;
+            state.event_record_of(&last.id).map(str::to_owned)
         });
         let Some(first_kept) = first_kept else { return };
         let old = KeyRange::Between(self.keys.events(), self.keys.event(&first_kept));

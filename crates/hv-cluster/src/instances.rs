@@ -9,16 +9,16 @@ mod filter;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use hv_proto::v1;
 use hv_store::record::Record;
 use hv_store::{Compare, Op};
 use hv_types::{InstanceId, InstanceRecord, Invalid};
-use hv_proto::v1;
 use prost::Message;
 
 pub(crate) use admission::Admission;
-pub(crate) use explain::Outlook;
 pub use create::{MAX_SET, MAX_SET_NAME_BYTES};
 pub use explain::MAX_PREVIEW;
+pub(crate) use explain::Outlook;
 pub use filter::{Filter, Seen};
 
 use crate::Cluster;

@@ -82,7 +82,7 @@ impl Cluster {
         let keys = Keys::new(&config.key_prefix);
         let id = cluster_id(&store, &keys).await?;
         let cache = Cache::new(store.clone(), keys.clone());
-        let events = EventLog::new(store.clone(), keys.clone(), config.event_limit);
+        let events = EventLog::new(store.clone(), keys.clone(), config.event_limit, config.event_max_age);
         Ok(Arc::new(Self {
             store,
             keys,

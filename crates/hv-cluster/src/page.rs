@@ -121,7 +121,9 @@ mod tests {
     fn foreign_tokens_and_sizes_are_refused_with_the_field_named() {
         let mine = Page::new(0, "", &()).unwrap().token_after("a");
         let broken = [mine.replacen(".0.", ".x.", 1), mine.replacen(".0.0.", ".0.", 1)];
-        for token in ["x", ".", &broken[0], &broken[1], "zzzz.../..", "0000000000000000.a", &"a".repeat(1 << 20)] {
+        for token in
+            ["x", ".", &broken[0], &broken[1], "zzzz.../..", "0000000000000000.a", &"a".repeat(1 << 20)]
+        {
             let refusal = Page::new(0, token, &()).unwrap_err();
             assert!(refusal.message().starts_with("page_token"), "{refusal}");
         }

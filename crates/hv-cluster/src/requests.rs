@@ -111,7 +111,10 @@ impl Cluster {
     }
 
     /// The answer that was recorded for the request key, if it has one.
-    pub(crate) async fn recorded<M: Message + Default>(&self, mutation: &Mutation) -> Result<Option<Done<M>>> {
+    pub(crate) async fn recorded<M: Message + Default>(
+        &self,
+        mutation: &Mutation,
+    ) -> Result<Option<Done<M>>> {
         let Some(key) = &mutation.key else { return Ok(None) };
         let kv = self.store.get(self.keys.request(key)).await?;
         kv.map(|kv| repeat(mutation, &kv)).transpose()

@@ -6,9 +6,7 @@ use hv_proto::store::{ClusterRecord, NodeLease};
 use hv_store::keys::{Key, Keys};
 use hv_store::record::{Record, decode_events, decode_message};
 use hv_store::{KeyValue, LeaseId, Result};
-use hv_types::{
-    Event, InstanceRecord, InstanceState, NodeId, NodeRecord, OperationRecord, Revision,
-};
+use hv_types::{Event, InstanceRecord, InstanceState, NodeId, NodeRecord, OperationRecord, Revision};
 
 use super::feed::Delta;
 use super::state::{Lost, NodeEntry, State};
@@ -275,7 +273,8 @@ impl State {
     /// Takes over what is known only by having been there: since when nodes are lost.
     pub(super) fn remember(&mut self, before: &Self) {
         for (id, entry) in &mut self.nodes {
-            if let (Some(lost), Some(old)) = (&mut entry.lost, before.nodes.get(id).and_then(|old| old.lost)) {
+            if let (Some(lost), Some(old)) = (&mut entry.lost, before.nodes.get(id).and_then(|old| old.lost))
+            {
                 *lost = old;
             }
         }

@@ -185,8 +185,7 @@ pub(super) struct Feed {
 
 impl Feed {
     pub(super) fn new() -> Self {
-        let history =
-            History { batches: VecDeque::new(), first: 0, bytes: 0, since: Revision(0) };
+        let history = History { batches: VecDeque::new(), first: 0, bytes: 0, since: Revision(0) };
         Self { history: Arc::new(RwLock::new(history)), head: watch::Sender::new(Revision(0)) }
     }
 

@@ -39,7 +39,8 @@ impl Cache {
         ranges.extend(self.sets(revision).await?);
         ranges.extend([keys.events(), keys.instances()]);
 
-        let pages = futures::stream::iter(ranges).flat_map(|prefix| pages(self.store.clone(), prefix, revision));
+        let pages =
+            futures::stream::iter(ranges).flat_map(|prefix| pages(self.store.clone(), prefix, revision));
         let mut decoded = std::pin::pin!(
             pages
                 .map_ok(|page| {

@@ -71,11 +71,15 @@ impl State {
             return None;
         }
         match &filter.node {
-            Some(node) if filter.state.is_none() && filter.instance_type.is_none() && filter.project.is_empty() => {
+            Some(node)
+                if filter.state.is_none() && filter.instance_type.is_none() && filter.project.is_empty() =>
+            {
                 Some(self.nodes.get(node).map_or(0, |entry| entry.instances.len()))
             }
             Some(_) => None,
-            None if filter.project.is_empty() => Some(self.tally.all.count(filter.instance_type, filter.state)),
+            None if filter.project.is_empty() => {
+                Some(self.tally.all.count(filter.instance_type, filter.state))
+            }
             None => {
                 let census = self.tally.projects.get(&filter.project);
                 Some(census.map_or(0, |census| census.count(filter.instance_type, filter.state)))
@@ -109,7 +113,8 @@ impl State {
         if let Some(state) = filter.state {
             consider(Narrowed::Set(&self.index.states[state as usize]));
         }
-        for (key, value) in filter.selector.requirements().iter().filter(|(_, value)| *value != Selector::ANY) {
+        for (key, value) in filter.selector.requirements().iter().filter(|(_, value)| *value != Selector::ANY)
+        {
             consider(self.index.with_label(key, value).map_or(Narrowed::Nothing, Narrowed::Labelled));
         }
         let record = |id: &'a InstanceId| self.instances.get(id);

@@ -188,7 +188,11 @@ impl State {
     }
 
     /// The members that a set has now.
-    pub fn members_of_set<'a>(&'a self, project: &str, set: &str) -> impl Iterator<Item = &'a Arc<InstanceRecord>> {
+    pub fn members_of_set<'a>(
+        &'a self,
+        project: &str,
+        set: &str,
+    ) -> impl Iterator<Item = &'a Arc<InstanceRecord>> {
         let ids = self.index.members(project, set);
         ids.into_iter().flatten().filter_map(|id| self.instances.get(id))
     }
@@ -220,6 +224,20 @@ impl State {
     #[must_use]
     pub fn cluster(&self) -> Option<&(ClusterRecord, Revision)> {
         self.cluster.as_ref()
+    }
+
+    /// The oldest event that is kept.
+    #[must_use]
+    pub fn oldest_event(&self) -> Option<&Arc<Event>> {
+        self.events.first_key_value().map(|(_, event)| event)
+    }
+
+    /// The key of the record that holds an event, or of the last record before it.
+    #[must_use]
+    pub fn event_record_of(&self, event: &str) -> Option<&str> {
+        use std::ops::Bound;
+        let until = (Bound::Unbounded, Bound::Included(event));
+        self.event_records.range::<str, _>(until).next_back().map(|(id, _)| id.as_str())
     }
 
     /// How many events are kept.

@@ -107,7 +107,8 @@ impl Cluster {
                 let shown = self.cache.read(|state| state.view(&record));
                 return Ok(Plan::unchanged(convert::instance_to(&shown)));
             }
-            let after = InstanceRecord { metadata: Arc::new(metadata.clone()), ..InstanceRecord::clone(&record) };
+            let after =
+                InstanceRecord { metadata: Arc::new(metadata.clone()), ..InstanceRecord::clone(&record) };
             super::check_size_in_store(&after)?;
             let (compare, put) = self.replace_instance(&record, &after);
             let after = Arc::new(InstanceRecord { revision: Revision::default(), ..after });

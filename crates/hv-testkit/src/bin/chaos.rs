@@ -20,6 +20,8 @@ use hv_testkit::{median, percentile};
 const EVERY: Duration = Duration::from_secs(5);
 /// Instances that are on the cut nodes together.
 const INSTANCES: usize = 6;
+/// Cores of a node that the callers do not fill.
+const ROOM: u32 = 100_000;
 /// What skips are reported for.
 const SUITE: &str = "hypervisor-chaos";
 
@@ -67,7 +69,7 @@ async fn cut_off(rounds: usize, mut dice: Dice) -> Result<()> {
 }
 
 async fn leader(rounds: usize) -> Result<()> {
-    let mut world = world(WorldOptions::default()).await?;
+    let mut world = world(WorldOptions { cores: ROOM, ..WorldOptions::default() }).await?;
     let done = leader_killed(&mut world, rounds).await?;
     for round in &done {
         println!(

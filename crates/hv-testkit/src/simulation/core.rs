@@ -60,7 +60,8 @@ impl Core {
 
     /// What all versions of all keys take.
     pub(crate) fn size_bytes(&self) -> u64 {
-        let versions = self.keys.iter().flat_map(|(key, versions)| versions.iter().map(move |(_, kv)| (key, kv)));
+        let versions =
+            self.keys.iter().flat_map(|(key, versions)| versions.iter().map(move |(_, kv)| (key, kv)));
         versions.map(|(key, kv)| (key.len() + kv.as_ref().map_or(0, |kv| kv.value.len())) as u64).sum()
     }
 

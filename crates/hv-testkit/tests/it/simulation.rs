@@ -81,5 +81,6 @@ mod found {
         a_lost_message = LostMessage,
         an_unwritten_report = UnwrittenReport,
         a_lease_counted_by_a_slow_clock = SlowClock,
+        a_node_taken_for_lost_too_early = HastyLease,
     }
 }

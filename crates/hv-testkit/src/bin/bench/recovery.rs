@@ -16,6 +16,8 @@ const LEADER_TTL_S: f64 = 5.0;
 /// How often the leader is killed, and a node cut off.
 const LEADERS: usize = 3;
 const CUTS: usize = 9;
+/// Cores of a node that the callers do not fill.
+const ROOM: u32 = 100_000;
 /// Instances on the nodes that are cut off.
 const INSTANCES: usize = 6;
 /// For how long etcd's leader is killed, and how often; `hypervisor-chaos etcd` does it for ten minutes.
@@ -31,7 +33,7 @@ async fn world(options: WorldOptions) -> Result<World> {
 }
 
 pub(crate) async fn leader() -> Result<Vec<Row>> {
-    let mut world = world(WorldOptions::default()).await?;
+    let mut world = world(WorldOptions { cores: ROOM, ..WorldOptions::default() }).await?;
     let rounds = leader_killed(&mut world, LEADERS).await?;
     let calls: usize = rounds.iter().map(|round| round.calls).sum();
     let failed: Vec<_> = rounds.iter().flat_map(|round: &LeaderRound| round.failed.clone()).collect();
