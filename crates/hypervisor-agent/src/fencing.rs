@@ -2,7 +2,7 @@
 //!
 //! # Theory of operation
 //! A process of its own, the *fencer* ([`process`]), knows until when the lease lives and how each instance is killed;
-//! it acts when that moment passes, whatever has become of the agent. The agent's [`guard`] keeps it informed, decides
+//! it acts when that moment passes, whatever has become of the agent. The agent's `guard` keeps it informed, decides
 //! with it what may start, starts it again if it dies, and stops the same instances itself at the same moment. Both run
 //! the same pure logic ([`core`]).
 //!

@@ -4,6 +4,11 @@
 //! Of each instance only the latest report waits, so the queue is bounded by the number of instances. Reports are sent
 //! only while the assignment stream has delivered the whole set: a report of an old binding could otherwise get an
 //! instance removed whose new binding is just on its way.
+//!
+//! # Failure and recovery
+//! A call that was given up may still arrive, at a server that stood still say, after a newer report was taken through
+//! another one, and what it says is then recorded last. So everything is reported again from time to time; where the record
+//! says so already, nothing is written.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -15,6 +20,7 @@ use hv_telemetry::crash::{Point, reach};
 use hv_types::{Epoch, InstanceId};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::Backoff;
@@ -23,6 +29,9 @@ use crate::servers::Servers;
 
 /// Most reports in one call: what the contract takes.
 const BATCH: usize = 100;
+
+/// How often everything is reported again, give or take a quarter.
+const REPEAT_EVERY: Duration = Duration::from_secs(60);
 
 /// The latest report of each instance that has one to send.
 #[derive(Default)]
@@ -75,6 +84,11 @@ impl Reports {
     }
 }
 
+/// When everything is to be reported again: not at the same moment on all nodes.
+fn next_repetition() -> Instant {
+    Instant::now() + REPEAT_EVERY.mul_f64(rand::random_range(0.75..1.25))
+}
+
 /// Sends the reports.
 pub(crate) struct Reporter {
     pub(crate) instances: Arc<Instances>,
@@ -96,12 +110,17 @@ impl Reporter {
 
     async fn report(&mut self) {
         let context = Arc::clone(self.instances.context());
+        let mut repeat = next_repetition();
         loop {
             let Ok(cluster_id) = self.synced.wait_for(Option::is_some).await.map(|cluster| cluster.clone())
             else {
                 return;
             };
-            context.reports.some().await;
+            if tokio::time::timeout_at(repeat, context.reports.some()).await.is_err() {
+                repeat = next_repetition();
+                self.instances.report_all().await;
+                continue;
+            }
             let batch = context.reports.take();
             reach(Point::AgentReportBefore);
             let request = ReportInstancesRequest {
