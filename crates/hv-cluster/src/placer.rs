@@ -2,9 +2,9 @@
 //!
 //! # Theory of operation
 //! The actor owns the scheduler's fleet of a term: the nodes and what is bound to them, kept by the cache's changes, with
-//! everything that is being written counted in ([`term`]). A create is decided in memory and written already bound, with
-//! many others in one transaction ([`flight`]); what does not fit is written PENDING with the counted reasons. What waits
-//! is tried again when something changed that could help ([`waiting`]). Several transactions are in the air at a time.
+//! everything that is being written counted in (`term`). A create is decided in memory and written already bound, with
+//! many others in one transaction (`flight`); what does not fit is written PENDING with the counted reasons. What waits
+//! is tried again when something changed that could help (`waiting`). Several transactions are in the air at a time.
 //! A server that does not lead coalesces creates alike and writes them PENDING: the leader finds them in its cache.
 //!
 //! # Invariants
