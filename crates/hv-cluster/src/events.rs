@@ -4,6 +4,7 @@
 //! Events are for people. They are written a moment after what they tell of, and are dropped (and counted) when they come
 //! faster than the store takes them; nothing decides by them.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use hv_store::keys::Keys;
@@ -12,6 +13,7 @@ use hv_store::{KeyRange, Op, SharedStore, Txn};
 use hv_types::{Event, InstanceRecord, NodeRecord, Revision};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -25,7 +27,8 @@ const BATCH: usize = 64;
 const LINGER: Duration = Duration::from_millis(50);
 /// Old events are removed once there are so many more than are kept.
 const TRIM_SLACK: usize = 256;
-
+/// How often at most it is told that events were dropped.
+const TELL_OF_DROPS_EVERY: Duration = Duration::from_secs(60);
 /// Events are removed once they are so much older than they may become.
 const AGE_SLACK: Duration = Duration::from_secs(60);
 
@@ -37,6 +40,8 @@ pub struct EventLog {
     max_age: Duration,
     queue: mpsc::Sender<Event>,
     pending: Mutex<Option<mpsc::Receiver<Event>>>,
+    /// How many were dropped that nobody was told of.
+    dropped: AtomicU64,
 }
 
 /// What an event is about.
@@ -51,7 +56,15 @@ pub enum About<'a> {
 impl EventLog {
     pub(crate) fn new(store: SharedStore, keys: Keys, limit: usize, max_age: Duration) -> Self {
         let (queue, pending) = mpsc::channel(QUEUE_BOUND);
-        Self { store, keys, limit, max_age, queue, pending: Mutex::new(Some(pending)) }
+        Self {
+            store,
+            keys,
+            limit,
+            max_age,
+            queue,
+            pending: Mutex::new(Some(pending)),
+            dropped: AtomicU64::new(0),
+        }
     }
 
     /// Records that `reason` happened to an object; `message` is for people.
@@ -87,13 +100,41 @@ impl EventLog {
             revision: Revision::default(),
         };
         if self.queue.try_send(event).is_err() {
-            metrics::counter!("hypervisor_events_dropped_total").increment(1);
+            self.drop_events(1);
         }
+    }
+
+    fn drop_events(&self, count: u64) {
+        metrics::counter!("hypervisor_events_dropped_total").increment(count);
+        self.dropped.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// An event that tells how many are missing.
+    fn gap(&self) -> Option<Event> {
+        let dropped = self.dropped.swap(0, Ordering::Relaxed);
+        (dropped > 0).then(|| Event {
+            id: uuid::Uuid::now_v7().to_string(),
+            at: SystemTime::now(),
+            object_kind: "cluster".into(),
+            object_id: String::new(),
+            object_name: String::new(),
+            reason: "EventsDropped".into(),
+            message: format!(
+                "{dropped} events were not recorded: more happened than the store takes, or it did not answer; they \
+                 are in the server's log"
+            ),
+            warning: true,
+            source: "server".into(),
+            request_id: String::new(),
+            actor: String::new(),
+            revision: Revision::default(),
+        })
     }
 
     /// Writes events until `stop`, then what is left.
     pub async fn run(&self, cache: &Cache, stop: CancellationToken) {
         let Some(mut pending) = self.pending.lock().take() else { return };
+        let mut told: Option<Instant> = None;
         loop {
             let mut batch = Vec::with_capacity(BATCH);
             tokio::select! {
@@ -109,6 +150,12 @@ impl EventLog {
                     return;
                 }
             }
+            if told.is_none_or(|told| told.elapsed() >= TELL_OF_DROPS_EVERY)
+                && let Some(gap) = self.gap()
+            {
+                batch.push(gap);
+                told = Some(Instant::now());
+            }
             self.write(&batch).await;
             self.trim(cache).await;
             tokio::select! {
@@ -122,7 +169,7 @@ impl EventLog {
         let (Some(first), Some(value)) = (batch.first(), encode_events(batch)) else { return };
         let then = vec![Op::put(self.keys.event(&first.id), value)];
         if let Err(error) = self.store.txn(Txn { then, ..Txn::default() }).await {
-            metrics::counter!("hypervisor_events_dropped_total").increment(batch.len() as u64);
+            self.drop_events(batch.len() as u64);
             warn!(error = hv_telemetry::error_chain(&error), count = batch.len(), "events were not recorded");
         }
     }

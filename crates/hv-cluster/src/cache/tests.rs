@@ -9,10 +9,12 @@ use hv_store::embedded::{EmbeddedOptions, EmbeddedStore};
 use hv_store::record::{Record, encode_message};
 use hv_store::{Op, SharedStore, StoreError, StoreExt, Txn};
 use hv_types::instance::Binding;
-use hv_types::{InstanceRecord, NodeId, NodeRecord, Revision};
+use hv_types::{InstanceRecord, InstanceState, Metadata, NodeId, NodeRecord, NodeStatus, Revision, Selector};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio_util::sync::CancellationToken;
+
+use crate::instances::Filter;
 
 use super::{Cache, Delta, Keys, State, SubscriptionError};
 
@@ -77,7 +79,54 @@ fn told(state: &State) -> String {
         .collect();
     let unbound: Vec<_> = state.unbound().map(|r| r.id.to_string()).collect();
     let events: Vec<_> = state.events_before(None).map(|e| e.id.clone()).collect();
-    format!("{} {nodes:#?} {instances:#?} {unbound:?} {events:?}", state.revision())
+    let counts = state.counts();
+    format!("{counts:?} {} {nodes:#?} {instances:#?} {unbound:?} {events:?}", state.revision())
+}
+
+/// The ids of all that match, by the indexes and in pieces of two; and that nothing else would be found by looking at all.
+fn check_indexes(state: &State, seed: u64) {
+    let labelled = |key: &str, value: &str| {
+        Selector::new([(key.to_owned(), value.to_owned())].into_iter().collect()).unwrap()
+    };
+    let mut filters: Vec<Filter> =
+        InstanceState::ALL.map(|s| Filter { state: Some(s), ..Filter::default() }).into();
+    filters.extend((0..3).map(|n| Filter { node: format!("n{n}").parse().ok(), ..Filter::default() }));
+    filters.extend(
+        [("n", "1"), ("n", "*"), ("tier", "web"), ("no", "such")]
+            .map(|(key, value)| Filter { selector: labelled(key, value), ..Filter::default() }),
+    );
+    filters.extend(["p0", "p1", "nobody"].map(|p| Filter { project: p.into(), ..Filter::default() }));
+    filters.extend(["i1", "0", "zzz"].map(|r| Filter { reference: r.into(), ..Filter::default() }));
+    filters.push(Filter {
+        project: "p1".into(),
+        state: Some(InstanceState::Unknown),
+        selector: labelled("tier", "web"),
+        ..Filter::default()
+    });
+    for filter in &filters {
+        let all = state.instances_after(None).map(|record| state.view(record));
+        let expected: Vec<_> = all.filter(|seen| filter.matches(seen)).map(|seen| seen.id.clone()).collect();
+        let (mut found, mut after) = (Vec::new(), None);
+        loop {
+            let chunk = state.instances_matching(filter, after.as_ref(), 2, 2);
+            found.extend(chunk.found.into_iter().map(|candidate| candidate.shown().id.clone()));
+            let Some(next) = chunk.next else { break };
+            after = Some(next);
+        }
+        assert_eq!(found, expected, "seed {seed}: {filter:?}");
+        let known = state.known_count(filter);
+        assert!(known.is_none_or(|known| known == expected.len()), "seed {seed}: {filter:?}: {known:?}");
+    }
+    let ready = state.nodes().filter(|(_, entry)| entry.status() == NodeStatus::Ready).count();
+    let counts = state.counts();
+    assert_eq!((counts.nodes, counts.ready), (state.nodes().count(), ready), "seed {seed}");
+    let allocated = state.nodes().map(|(_, entry)| entry.allocated).sum();
+    assert_eq!((counts.unbound, counts.allocated), (state.unbound().count(), allocated), "seed {seed}");
+    let lost = state.nodes().filter(|(_, entry)| !entry.is_live());
+    assert!(lost.map(|(record, _)| &record.id).all(|id| state.lost_since(id).is_some()), "seed {seed}");
+    let members: Vec<_> = state.members_of_set("p1", "s").map(|record| &record.id).collect();
+    let in_set = state.instances_after(None).filter(|r| r.project == "p1" && r.set == "s");
+    assert_eq!(members, in_set.map(|record| &record.id).collect::<Vec<_>>(), "seed {seed}");
 }
 
 /// One random transaction over few objects, so that they meet often.
@@ -94,6 +143,13 @@ async fn random_change(world: &World, rng: &mut StdRng, instances: &[InstanceRec
         _ => {
             record.binding = rng.random_bool(0.7).then_some(Binding { node_id, release: false });
             Arc::make_mut(&mut record.spec).cpu_cores = rng.random_range(1..9);
+            record.state = InstanceState::ALL[rng.random_range(0..4)];
+            record.project = format!("p{}", rng.random_range(0..2));
+            record.set = if rng.random_bool(0.5) { "s".into() } else { String::new() };
+            let labels = [("n", rng.random_range(0..3).to_string()), ("tier", "web".to_owned())];
+            let kept = rng.random_range(0..3);
+            let labels = labels.into_iter().take(kept).map(|(key, value)| (key.to_owned(), value)).collect();
+            record.metadata = Arc::new(Metadata { labels, ..Metadata::default() });
             Op::put(world.keys.instance(&record.id), record.encode())
         }
     };
@@ -126,6 +182,8 @@ async fn after_any_history_the_state_is_that_of_a_fresh_fill_and_the_changes_add
         let fresh = world.cache();
         fresh.fill().await.unwrap();
         assert_eq!(cache.read(told), fresh.read(told), "seed {seed}");
+        cache.read(|state| check_indexes(state, seed));
+        fresh.read(|state| check_indexes(state, seed));
         loop {
             let batch = changes.next().await.unwrap().unwrap();
             for delta in &batch.deltas {

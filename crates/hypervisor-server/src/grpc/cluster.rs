@@ -9,12 +9,12 @@ use hv_cluster::{Cluster, Done};
 use hv_proto::v1::cluster_service_server::ClusterService;
 use hv_proto::{convert, v1};
 use hv_types::node::Schedulability;
-use hv_types::{ClusterId, InstanceState, Invalid, NodeId, NodeStatus, Revision};
+use hv_types::{ClusterId, InstanceId, InstanceState, Invalid, NodeId, NodeStatus, Revision};
 use pbjson_types::Empty;
 use tonic::{Request, Response, Status};
 
 use super::request::{failed, id, mutation, refuse};
-use super::watch::{View, watch};
+use super::watch::{Piece, View, watch};
 use super::{ReplyStream, Shared, VERSION, empty};
 
 pub(crate) struct Service(pub(crate) Shared);
@@ -309,8 +309,11 @@ impl ClusterService for Service {
         request: Request<v1::WatchEventsRequest>,
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
         let request = request.into_inner();
-        let view = EventView::new(request.object_kind, request.object_id, request.warnings_only);
-        Ok(self.0.until_stop(watch(self.cluster().clone(), view, 0).await?))
+        let view = EventView {
+            bookmarks: request.bookmarks,
+            ..EventView::new(request.object_kind, request.object_id, request.warnings_only)
+        };
+        Ok(self.0.until_stop(watch(self.cluster().clone(), view, request.from_revision).await?))
     }
 }
 
@@ -408,11 +411,13 @@ struct EventView {
     object_kind: String,
     object_id: String,
     warnings_only: bool,
+    /// Whether the watcher asked for bookmarks; those who did not know nothing but events.
+    bookmarks: bool,
 }
 
 impl EventView {
     fn new(object_kind: String, object_id: String, warnings_only: bool) -> Self {
-        Self { object_kind, object_id, warnings_only }
+        Self { object_kind, object_id, warnings_only, bookmarks: false }
     }
 
     fn matches(&self, event: &hv_types::Event) -> bool {
@@ -429,6 +434,11 @@ impl View for EventView {
         Vec::new()
     }
 
+    /// Nothing is listed, so nothing that happens meanwhile is shown by it.
+    fn piece(&self, _: &Cluster, _: Option<&InstanceId>) -> Piece<v1::Event> {
+        Piece { events: Vec::new(), next: None, revision: Revision(0) }
+    }
+
     fn changes(&self, _: &Cluster, batch: &Batch) -> Vec<v1::Event> {
         let events = batch.deltas.iter().filter_map(|delta| match delta {
             Delta::Event(event) if self.matches(event) => Some(convert::event_to(event)),
@@ -437,10 +447,12 @@ impl View for EventView {
         events.collect()
     }
 
-    /// Events are not resumed: each has the revision that it was written at.
-    fn set_revision(&self, _: &mut v1::Event, _: Revision) {}
+    fn set_revision(&self, event: &mut v1::Event, revision: Revision) {
+        event.revision = revision.0;
+    }
 
-    fn bookmark(&self, _: Revision) -> Option<v1::Event> {
-        None
+    fn bookmark(&self, revision: Revision) -> Option<v1::Event> {
+        let kind = v1::EventType::Bookmark.into();
+        self.bookmarks.then(|| v1::Event { r#type: kind, revision: revision.0, ..v1::Event::default() })
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hv_cluster::Cluster;
-use hv_cluster::cache::{Batch, Delta, State};
+use hv_cluster::cache::{Batch, Candidate, Delta, State};
 use hv_cluster::instances::{Filter, Seen};
 use hv_cluster::page::Page;
 use hv_proto::v1::compute_service_server::ComputeService;
@@ -15,7 +15,7 @@ use pbjson_types::Empty;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::request::{failed, id, mutation, refuse};
-use super::watch::{View, watch};
+use super::watch::{Piece, View, watch};
 use super::{ReplyStream, Shared, empty, interactive};
 
 pub(crate) struct Service(pub(crate) Shared);
@@ -376,6 +376,9 @@ fn images(state: &State, wanted: Option<InstanceType>) -> Vec<v1::Image> {
     found.into_values().collect()
 }
 
+/// How many instances a watch's first list looks at, and holds, at once.
+const PIECE: usize = 1000;
+
 /// A watch of instances.
 struct InstanceView {
     filter: Filter,
@@ -406,18 +409,28 @@ impl View for InstanceView {
     type Event = v1::InstanceEvent;
 
     fn initial(&self, _: &Cluster, state: &State) -> Vec<v1::InstanceEvent> {
-        let shown = |record: &Arc<InstanceRecord>| {
-            let record = state.view(record);
-            self.filter.matches(&record).then(|| event(v1::EventType::Added, &record, Revision(0)))
-        };
-        let Some(only) = &self.only else {
-            return state.instances_after(None).filter_map(shown).collect();
-        };
+        let Some(only) = &self.only else { return Vec::new() };
         match state.instance(only) {
             Some(record) => vec![event(v1::EventType::Added, &state.view(record), record.revision)],
             // It went between the caller's question and now.
             None => vec![gone(only, state.revision())],
         }
+    }
+
+    fn piece(&self, cluster: &Cluster, after: Option<&InstanceId>) -> Piece<v1::InstanceEvent> {
+        if self.only.is_some() {
+            let (events, revision) =
+                cluster.cache().read(|state| (self.initial(cluster, state), state.revision()));
+            return Piece { events, next: None, revision };
+        }
+        let chunk = cluster.cache().read(|state| state.instances_matching(&self.filter, after, PIECE, PIECE));
+        let shown = |candidate: Candidate| event(v1::EventType::Added, &candidate.shown(), Revision(0));
+        let events = chunk.found.into_iter().map(shown).collect();
+        Piece { events, next: chunk.next, revision: chunk.revision }
+    }
+
+    fn object<'a>(&self, event: &'a v1::InstanceEvent) -> Option<&'a str> {
+        event.instance.as_ref().map(|instance| instance.id.as_str())
     }
 
     fn changes(&self, _cluster: &Cluster, batch: &Batch) -> Vec<v1::InstanceEvent> {

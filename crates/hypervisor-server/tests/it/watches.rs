@@ -38,8 +38,14 @@ async fn instances_are_sent_then_a_bookmark_then_each_change() {
     let second = world.create("second").await;
     let added = next(&mut events).await;
     assert_eq!((added.r#type(), added.revision), (v1::EventType::Added, second.revision));
-    world.bound(&second.id).await;
-    assert_eq!(next(&mut events).await.r#type(), v1::EventType::Modified);
+    assert_eq!(added.instance.unwrap().node_id, "n1", "it was bound with its creation");
+    let request = v1::DeleteInstanceRequest { instance_id: second.id.clone(), ..Default::default() };
+    world.compute().delete_instance(request).await.unwrap();
+    let deleting = next(&mut events).await;
+    assert_eq!(
+        (deleting.r#type(), deleting.instance.unwrap().state()),
+        (v1::EventType::Modified, v1::InstanceState::Deleting)
+    );
 
     // Resumed after the first placement: the second instance's whole story, once.
     let mut resumed = watch(&world, placed.revision + 1).await.unwrap();
@@ -136,4 +142,52 @@ async fn nodes_and_events_can_be_watched() {
             break;
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_are_resumed_and_bookmarks_come_to_those_who_asked_while_nothing_happens() {
+    let world = world().await;
+    let request = v1::WatchEventsRequest { bookmarks: true, ..Default::default() };
+    let mut events = world.cluster().watch_events(request).await.unwrap().into_inner();
+    let begin = events.message().await.unwrap().unwrap();
+    assert_eq!(begin.r#type(), v1::EventType::Bookmark);
+    world.add_node(node("n1", 4)).await;
+    let told = events.message().await.unwrap().unwrap();
+    assert_eq!((told.reason.as_str(), told.r#type()), ("NodeReady", v1::EventType::Unspecified));
+    assert!(told.revision > begin.revision);
+
+    let request = v1::WatchEventsRequest { from_revision: begin.revision + 1, ..Default::default() };
+    let mut resumed = world.cluster().watch_events(request).await.unwrap().into_inner();
+    assert_eq!(resumed.message().await.unwrap().unwrap().id, told.id, "what was missed");
+
+    let bookmark = tokio::time::timeout(crate::world::LIMIT, async {
+        loop {
+            let event = events.message().await.unwrap().unwrap();
+            if event.r#type == i32::from(v1::EventType::Bookmark) {
+                return event;
+            }
+        }
+    });
+    assert!(bookmark.await.unwrap().revision >= told.revision);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_comes_in_pieces_is_each_instance_once() {
+    const COUNT: usize = 2500;
+    let world = world().await;
+    for n in 0..COUNT / 100 {
+        let request =
+            v1::CreateInstancesRequest { template: Some(crate::world::wish(&format!("set{n}"))), count: 100 };
+        world.compute().create_instances(request).await.unwrap();
+    }
+    let mut events = watch(&world, 0).await.unwrap();
+    let mut seen = std::collections::BTreeSet::new();
+    loop {
+        let event = next(&mut events).await;
+        match event.instance {
+            Some(instance) => assert!(seen.insert(instance.id), "an instance came twice"),
+            None => break,
+        }
+    }
+    assert_eq!(seen.len(), COUNT);
 }

@@ -32,7 +32,7 @@ pub(crate) async fn measure() -> Result<Vec<Row>> {
             unit: "/s",
             bar: Some(Bar::Least(number("bar")?)),
             measured: number("per_second")?,
-            baseline: Some(("row by row".into(), number("rows_per_second")?)),
+            baseline: Some(("row by row".into(), number("rows_per_cpu_second")?)),
             raw: json!(figure),
         });
     }
