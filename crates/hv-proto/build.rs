@@ -1,6 +1,6 @@
 //! Compiles the contracts in `api/proto`: messages, services, canonical JSON, and the descriptors for reflection.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 const FILES: [&str; 7] = [
     "hypervisor/v1/common.proto",
@@ -13,7 +13,8 @@ const FILES: [&str; 7] = [
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../api/proto");
+    // Read when it runs, as the built script may outlive the place that it was built in.
+    let root = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR")?).join("../../api/proto");
     println!("cargo:rerun-if-changed={}", root.display());
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
 

@@ -159,7 +159,7 @@ impl Driver for FakeDriver {
         };
         let mut record = self.shared.load(id, "create")?.ok_or_else(|| DriverError::NotFound(id.clone()))?;
         record.phase = Phase::Stopped(Exit::NeverStarted);
-        self.shared.note(id, LedgerEvent::Created, "create")?;
+        self.shared.note(id, LedgerEvent::Created, 0, "create")?;
         self.shared.save(&record, "create")?;
         late(id, Operation::Create, is_late)?;
         Ok(Shared::handle(&record))
@@ -258,7 +258,7 @@ impl Driver for FakeDriver {
         if matches!(record.phase, Phase::Running { .. } | Phase::Paused { .. }) {
             self.shared.ended(&mut live, &mut record, Exit::Stopped)?;
         }
-        self.shared.note(id, LedgerEvent::Deleted, "delete")?;
+        self.shared.note(id, LedgerEvent::Deleted, 0, "delete")?;
         self.shared.files.remove(id).map_err(|e| DriverError::failed(id, "delete", e))?;
         late(id, Operation::Delete, is_late)
     }

@@ -5,7 +5,7 @@
 //! instant leaves "running" instances as a real runtime would, and a test may change them behind the driver's back.
 //! They are not flushed to the disk: what they simulate does not survive the host either.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
@@ -74,6 +74,9 @@ pub struct LedgerEntry {
     pub id: InstanceId,
     /// What happened to it.
     pub what: LedgerEvent,
+    /// Which of its starts began or ended, from 1; 0 for what is neither.
+    #[serde(default)]
+    pub start: u32,
     /// When, in microseconds since 1970.
     pub at_us: u64,
     /// Which process did it.
@@ -81,7 +84,7 @@ pub struct LedgerEntry {
 }
 
 /// What the ledger tells of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LedgerEvent {
     /// It was created.
@@ -100,20 +103,56 @@ pub enum LedgerEvent {
 /// # Errors
 /// The ledger cannot be read.
 pub fn read_ledger(state_dir: &Path) -> io::Result<Vec<LedgerEntry>> {
-    let mut ledger: Vec<LedgerEntry> = match fs::read_to_string(state_dir.join(LEDGER)) {
+    let ledger: Vec<LedgerEntry> = match fs::read_to_string(state_dir.join(LEDGER)) {
         Ok(text) => text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect(),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
         Err(e) => return Err(e),
     };
-    // Ends that the fencer brought about, and that no driver has seen yet.
+    let mut ledger = without_repeats(ledger);
     let files = Files { dir: state_dir.to_owned() };
     for id in files.list()? {
-        let runs = files.load(&id)?.is_some_and(|record| record.phase.runs());
-        if let Some(at_us) = files.fenced_at(&id)?.filter(|_| runs) {
-            ledger.push(LedgerEntry { id, what: LedgerEvent::Ended, at_us, pid: 0 });
+        let Some(record) = files.load(&id)? else { continue };
+        undo_unsaved(&mut ledger, &record);
+        // Ends that the fencer brought about, and that no driver has seen yet.
+        if let Some(at_us) = files.fenced_at(&id)?.filter(|_| record.phase.runs()) {
+            let (what, start) = (LedgerEvent::Ended, record.starts);
+            ledger.push(LedgerEntry { id, what, start, at_us, pid: 0 });
         }
     }
     Ok(ledger)
+}
+
+/// The ledger is written before the record, and the record decides: what an agent that died in between wrote down and
+/// did not do is done, and written down, again. Of such repeats the last counts.
+fn without_repeats(ledger: Vec<LedgerEntry>) -> Vec<LedgerEntry> {
+    let mut seen: HashSet<(InstanceId, LedgerEvent, u32)> = HashSet::new();
+    let mut kept = Vec::with_capacity(ledger.len());
+    for entry in ledger.into_iter().rev() {
+        if entry.what == LedgerEvent::Deleted {
+            // What was before is another life under the same id, whose starts are numbered from 1 too.
+            seen.retain(|(id, ..)| *id != entry.id);
+        }
+        if entry.start == 0 || seen.insert((entry.id.clone(), entry.what, entry.start)) {
+            kept.push(entry);
+        }
+    }
+    kept.reverse();
+    kept
+}
+
+/// Takes out what was written down last and is not done yet.
+fn undo_unsaved(ledger: &mut Vec<LedgerEntry>, record: &Record) {
+    let id = &record.config.id;
+    let Some(last) = ledger.iter().rposition(|entry| entry.id == *id) else { return };
+    let entry = &ledger[last];
+    let is_done = match entry.what {
+        LedgerEvent::Started => record.starts >= entry.start,
+        LedgerEvent::Ended => record.starts > entry.start || !record.phase.runs(),
+        LedgerEvent::Created | LedgerEvent::Deleted => true,
+    };
+    if !is_done {
+        ledger.remove(last);
+    }
 }
 
 /// What is stored of one instance, ended if the fencer ended it; `None` if nothing is.
@@ -219,12 +258,18 @@ impl Files {
         Ok(ids)
     }
 
-    pub(crate) fn note(&self, id: &InstanceId, what: LedgerEvent) -> io::Result<()> {
-        self.note_at(id, what, u64::try_from(since_epoch().as_micros()).unwrap_or(u64::MAX))
+    pub(crate) fn note(&self, id: &InstanceId, what: LedgerEvent, start: u32) -> io::Result<()> {
+        self.note_at(id, what, start, u64::try_from(since_epoch().as_micros()).unwrap_or(u64::MAX))
     }
 
-    pub(crate) fn note_at(&self, id: &InstanceId, what: LedgerEvent, at_us: u64) -> io::Result<()> {
-        let entry = LedgerEntry { id: id.clone(), what, at_us, pid: std::process::id() };
+    pub(crate) fn note_at(
+        &self,
+        id: &InstanceId,
+        what: LedgerEvent,
+        start: u32,
+        at_us: u64,
+    ) -> io::Result<()> {
+        let entry = LedgerEntry { id: id.clone(), what, start, at_us, pid: std::process::id() };
         let mut line = serde_json::to_vec(&entry)?;
         line.push(b'\n');
         fs::create_dir_all(&self.dir)?;

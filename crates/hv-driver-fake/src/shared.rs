@@ -52,7 +52,7 @@ impl Shared {
             && record.phase.runs()
         {
             record.phase = Phase::Stopped(Exit::Fenced);
-            let noted = self.files.note_at(id, LedgerEvent::Ended, at_us);
+            let noted = self.files.note_at(id, LedgerEvent::Ended, record.starts, at_us);
             noted.map_err(|e| DriverError::failed(id, operation, e))?;
             self.save(&record, operation)?;
             live.remove(id);
@@ -72,14 +72,21 @@ impl Shared {
 
     pub(crate) fn ended(&self, live: &mut Live, record: &mut Record, exit: Exit) -> Result<()> {
         record.phase = Phase::Stopped(exit);
+        self.note(&record.config.id, LedgerEvent::Ended, record.starts, "stop")?;
         self.save(record, "stop")?;
-        self.note(&record.config.id, LedgerEvent::Ended, "stop")?;
         live.remove(&record.config.id);
         Ok(())
     }
 
-    pub(crate) fn note(&self, id: &InstanceId, what: LedgerEvent, operation: &'static str) -> Result<()> {
-        self.files.note(id, what).map_err(|e| DriverError::failed(id, operation, e))
+    /// Writes down what is saved next; in this order a death in between loses nothing.
+    pub(crate) fn note(
+        &self,
+        id: &InstanceId,
+        what: LedgerEvent,
+        start: u32,
+        operation: &'static str,
+    ) -> Result<()> {
+        self.files.note(id, what, start).map_err(|e| DriverError::failed(id, operation, e))
     }
 
     pub(crate) fn tell(&self, id: &InstanceId, what: &str) {
@@ -203,8 +210,7 @@ impl Shared {
             .map(|after| now + u64::try_from(after.as_millis()).unwrap_or(u64::MAX / 2));
         record.phase = Phase::Running { since_ms: now, exit_at_ms, exit_code: script.exit_code };
         record.starts += 1;
-        // The ledger first: a start that was recorded twice would be found, one that was not recorded would not.
-        self.note(&id, LedgerEvent::Started, "start")?;
+        self.note(&id, LedgerEvent::Started, record.starts, "start")?;
         self.save(record, "start")?;
         let greeting = format!("fake-guest: hello from {}\r\n", record.config.name);
         self.print(live, &id, greeting.as_bytes()).map_err(|e| DriverError::failed(&id, "start", e))

@@ -8,7 +8,8 @@ use hv_driver::{
     Driver, DriverError, ExecOutput, ExecRequest, Exit, Input, InstanceConfig, Observed, StopMode,
 };
 use hv_driver_fake::{
-    ANNOTATION_PREFIX, FakeDriver, FakeOptions, LedgerEvent, Script, Step, read_ledger, read_record,
+    ANNOTATION_PREFIX, FakeDriver, FakeOptions, LedgerEntry, LedgerEvent, Script, Step, read_ledger,
+    read_record,
 };
 use hv_types::{InstanceId, InstanceSpec, Metadata};
 
@@ -171,6 +172,41 @@ async fn the_ledger_tells_every_start_and_end() {
     let told: Vec<_> = read_ledger(dir.path()).unwrap().into_iter().map(|entry| entry.what).collect();
     use LedgerEvent::{Created, Deleted, Ended, Started};
     assert_eq!(told, [Created, Started, Ended, Started, Ended, Deleted]);
+}
+
+/// What an agent wrote down that died before it did it.
+fn die_after_noting(dir: &tempfile::TempDir, id: &InstanceId, what: LedgerEvent, start: u32) {
+    let entry = LedgerEntry { id: id.clone(), what, start, at_us: 1, pid: 1 };
+    let line = format!("{}\n", serde_json::to_string(&entry).unwrap());
+    let path = dir.path().join(".ledger.jsonl");
+    let written = std::fs::read_to_string(&path).unwrap() + &line;
+    std::fs::write(&path, written).unwrap();
+}
+
+#[tokio::test]
+async fn what_was_written_down_and_not_done_is_no_start_and_no_end() {
+    use LedgerEvent::{Created, Ended, Started};
+    let dir = tempfile::tempdir().unwrap();
+    let config = annotated(&[]);
+    let driver = fake(&dir);
+    let told = || read_ledger(dir.path()).unwrap().into_iter().map(|entry| entry.what).collect::<Vec<_>>();
+    driver.create(&config).await.unwrap();
+
+    die_after_noting(&dir, &config.id, Started, 1);
+    assert_eq!(told(), [Created]);
+    driver.start(&config.id).await.unwrap();
+    assert_eq!(told(), [Created, Started]);
+
+    die_after_noting(&dir, &config.id, Ended, 1);
+    assert_eq!(told(), [Created, Started]);
+    driver.stop(&config.id, StopMode::Force).await.unwrap();
+    assert_eq!(told(), [Created, Started, Ended]);
+
+    driver.start(&config.id).await.unwrap();
+    die_after_noting(&dir, &config.id, Started, 2);
+    driver.stop(&config.id, StopMode::Force).await.unwrap();
+    driver.start(&config.id).await.unwrap();
+    assert_eq!(told(), [Created, Started, Ended, Started, Ended, Started]);
 }
 
 async fn ran(driver: &FakeDriver, id: &InstanceId, words: &[&str], typed: &[Input]) -> (String, String, i32) {

@@ -1,5 +1,6 @@
 //! The load: clients that live through instances' lives, and write down every answer.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,6 +19,9 @@ const TRY: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(50);
 /// How long a call may be without an answer before it counts as wedged; faults last far less.
 const WEDGED: Duration = Duration::from_secs(120);
+
+/// How many instances each client leaves alone, so that there is something that may be lost, and yet no node fills up.
+const KEPT: usize = 4;
 
 /// What is asked for.
 #[derive(Clone, Debug)]
@@ -96,6 +100,7 @@ impl Load {
                 book: book.clone(),
                 stop: stop.clone(),
                 calls: 0,
+                kept: VecDeque::new(),
             };
             clients.spawn(client.run());
         }
@@ -129,6 +134,16 @@ struct Client {
     book: Arc<Mutex<Book>>,
     stop: Arc<AtomicBool>,
     calls: usize,
+    kept: VecDeque<Created>,
+}
+
+/// An instance that was created.
+#[derive(Clone)]
+struct Created {
+    /// Where it is in the book.
+    index: usize,
+    name: String,
+    id: String,
 }
 
 /// A change of an instance that exists.
@@ -173,15 +188,11 @@ impl Client {
         let wanted = v1::InstanceWanted::Running;
         let index = {
             let mut book = lock(&self.book);
-            book.records.push(Record {
-                name: name.clone(),
-                create_key: key,
-                id: id.clone(),
-                failover,
-                wanted,
-            });
+            let (name, id) = (name.clone(), id.clone());
+            book.records.push(Record { name, create_key: key, id, failover, wanted });
             book.records.len() - 1
         };
+        let created = Created { index, name, id };
         let changes = self.dice.below(5);
         for _ in 0..changes {
             self.pause().await;
@@ -189,14 +200,23 @@ impl Client {
                 return Some(());
             }
             let change = if self.dice.chance(50) { Change::Stop } else { Change::Start };
-            self.change(index, &name, &id, change).await?;
+            self.change(&created, change).await?;
         }
         self.pause().await;
-        // Some stay, so that there is something that may be lost.
-        if !self.stopped() && self.dice.chance(70) {
-            self.change(index, &name, &id, Change::Delete).await?;
+        if self.stopped() {
+            return Some(());
+        }
+        let leaves = if self.dice.chance(70) { Some(created) } else { self.keep(created) };
+        if let Some(leaves) = leaves {
+            self.change(&leaves, Change::Delete).await?;
         }
         Some(())
+    }
+
+    /// Leaves an instance alone; what is to make room for it, if any.
+    fn keep(&mut self, created: Created) -> Option<Created> {
+        self.kept.push_back(created);
+        if self.kept.len() > KEPT { self.kept.pop_front() } else { None }
     }
 
     async fn pause(&mut self) {
@@ -209,11 +229,11 @@ impl Client {
         format!("chaos-{}-{}-{}", std::process::id(), self.number, self.calls)
     }
 
-    async fn change(&mut self, index: usize, name: &str, id: &str, change: Change) -> Option<()> {
+    async fn change(&mut self, created: &Created, change: Change) -> Option<()> {
         let key = self.key();
         let what = format!("{change:?}");
-        let answer = self.until_answered(name, &what, |clients| {
-            let (mut client, instance_id, request_key) = (clients.compute(), id.to_owned(), key.clone());
+        let answer = self.until_answered(&created.name, &what, |clients| {
+            let (mut client, instance_id, request_key) = (clients.compute(), created.id.clone(), key.clone());
             async move {
                 match change {
                     Change::Stop => {
@@ -234,7 +254,7 @@ impl Client {
             }
         });
         answer.await?;
-        lock(&self.book).records[index].wanted = match change {
+        lock(&self.book).records[created.index].wanted = match change {
             Change::Stop => v1::InstanceWanted::Stopped,
             Change::Start => v1::InstanceWanted::Running,
             Change::Delete => v1::InstanceWanted::Deleted,

@@ -81,7 +81,8 @@ async fn survive(point: Point, nth: u32) {
         }
         let running = count(dir.path(), LedgerEvent::Started) - count(dir.path(), LedgerEvent::Ended);
         let expected = usize::from(wanted == InstanceWanted::Running);
-        assert_eq!(running, expected, "{crash}: {running} run where {wanted:?} was wanted");
+        let ledger = read_ledger(&dir.path().join("fake")).unwrap();
+        assert_eq!(running, expected, "{crash}: {running} run where {wanted:?} was wanted: {ledger:?}");
     }
     if !died {
         agent = die_and_come_back(&control, dir.path(), &crash, agent).await;
