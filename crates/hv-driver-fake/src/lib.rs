@@ -124,12 +124,8 @@ impl Driver for FakeDriver {
     }
 
     async fn images(&self) -> Result<Vec<ImageInfo>> {
-        let image = |name: &String| ImageInfo {
-            name: name.clone(),
-            instance_type: self.shared.options.instance_type,
-            size_bytes: 1 << 20,
-            created_at: UNIX_EPOCH,
-        };
+        let instance_type = self.shared.options.instance_type;
+        let image = |name: &String| ImageInfo::file(name, instance_type, 1 << 20, UNIX_EPOCH);
         Ok(self.shared.options.images.iter().map(image).collect())
     }
 

@@ -185,12 +185,9 @@ impl Images {
 fn info(name: &str, boot: &Boot) -> ImageInfo {
     let files = [boot.kernel.as_ref(), boot.initrd.as_ref(), boot.disk.as_ref().map(|disk| &disk.path)];
     let found: Vec<_> = files.into_iter().flatten().filter_map(|path| fs::metadata(path).ok()).collect();
-    ImageInfo {
-        name: name.to_owned(),
-        instance_type: InstanceType::Vm,
-        size_bytes: found.iter().map(fs::Metadata::len).sum(),
-        created_at: found.iter().filter_map(|file| file.modified().ok()).max().unwrap_or(UNIX_EPOCH),
-    }
+    let size_bytes = found.iter().map(fs::Metadata::len).sum();
+    let created_at = found.iter().filter_map(|file| file.modified().ok()).max().unwrap_or(UNIX_EPOCH);
+    ImageInfo::file(name, InstanceType::Vm, size_bytes, created_at)
 }
 
 fn read_bounded(path: &Path, max_bytes: u64) -> io::Result<String> {

@@ -49,8 +49,13 @@ mod tests {
         for user_data in [String::new(), "#cloud-config\nhostname: ü\n".to_owned(), "x".repeat(256 << 10)] {
             let spec = InstanceSpec { user_data: user_data.clone(), ..InstanceSpec::default() };
             let id: InstanceId = "seeded".parse().unwrap();
-            let config =
-                InstanceConfig { id, name: "a\"b, c".to_owned(), spec, metadata: Metadata::default() };
+            let config = InstanceConfig {
+                id,
+                name: "a\"b, c".to_owned(),
+                spec,
+                metadata: Metadata::default(),
+                image: None,
+            };
             let mut bytes = volume(&config).unwrap();
             let volume = FileSystem::new(Cursor::new(&mut bytes), FsOptions::new()).unwrap();
             assert_eq!(volume.volume_label(), "CIDATA");

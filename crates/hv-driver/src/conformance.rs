@@ -128,6 +128,7 @@ pub fn config(subject: &dyn Subject) -> InstanceConfig {
         name: "conformance".to_owned(),
         spec: subject.spec(),
         metadata: Metadata::default(),
+        image: None,
     }
 }
 
@@ -156,7 +157,7 @@ pub async fn cleaned(subject: &dyn Subject, driver: &dyn Driver, config: &Instan
 async fn exit_of(driver: &dyn Driver, id: &InstanceId) -> Option<Exit> {
     match driver.observe(id).await.expect("observe") {
         Observed::Stopped(exit) => Some(exit),
-        Observed::Absent | Observed::Running(_) | Observed::Paused(_) => None,
+        Observed::Absent | Observed::Running(_) | Observed::Paused(_) | Observed::HandedOver => None,
     }
 }
 

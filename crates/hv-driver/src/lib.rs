@@ -30,9 +30,13 @@ pub mod conformance;
 mod error;
 pub mod fence;
 pub mod log;
+mod migration;
+mod snapshot;
 
 pub use error::{DriverError, Result};
 pub use fence::FenceTarget;
+pub use migration::{Incoming, IncomingRequest, MigrateRequest, MigrationPhase, MigrationStatus, Storage};
+pub use snapshot::{SnapshotInfo, SnapshotRequest};
 
 /// What an instance is to be, as its driver sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +49,64 @@ pub struct InstanceConfig {
     pub spec: InstanceSpec,
     /// Labels and annotations.
     pub metadata: Metadata,
+    /// The image of the specification, where the node's image store has it; `None`: the driver looks for it itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<LocalImage>,
+}
+
+/// An image that lies in the node's image store, and stays there until the instance is deleted. Read-only.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LocalImage {
+    /// Its identity: `sha256:` and 64 hexadecimal digits, of the file or of the manifest.
+    pub digest: String,
+    /// What it is and where.
+    pub content: ImageContent,
+}
+
+/// The forms in which images come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "form", rename_all = "snake_case")]
+pub enum ImageContent {
+    /// A disk with an operating system.
+    Disk {
+        /// The file, absolute.
+        path: PathBuf,
+        /// `qcow2` or `raw`.
+        format: DiskFormat,
+    },
+    /// An OCI image layout (image-spec 1.1): `index.json`, `blobs/sha256/…`.
+    Oci {
+        /// The layout's directory, absolute.
+        layout: PathBuf,
+        /// The digest of the manifest for this node's architecture: `sha256:…`.
+        manifest: String,
+    },
+    /// A file system without a partition table (ext4, raw), made from an OCI image for microVMs.
+    RootFs {
+        /// The file, absolute.
+        path: PathBuf,
+        /// The image's entry point and arguments.
+        command: Vec<String>,
+        /// The image's environment, `NAME=value`.
+        env: Vec<String>,
+        /// The image's working directory; empty: `/`.
+        working_dir: String,
+    },
+    /// A kernel or a bare-metal guest (ELF), that is booted without a disk.
+    Kernel {
+        /// The file, absolute.
+        path: PathBuf,
+    },
+}
+
+/// How a disk image is laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskFormat {
+    /// QEMU's copy-on-write format.
+    Qcow2,
+    /// The sectors, one after the other.
+    Raw,
 }
 
 /// What a driver needs to find an instance again. Kept in the agent's journal; only the driver reads `data`.
@@ -69,6 +131,9 @@ pub enum Observed {
     Running(Running),
     /// It stands still in memory.
     Paused(Running),
+    /// It was handed over to another node and stands still for good: only [`Driver::abort_migration`] may let it go
+    /// on, [`Driver::resume`] and [`Driver::start`] never.
+    HandedOver,
 }
 
 /// What is known of an instance that runs.
@@ -125,9 +190,56 @@ pub enum Capability {
     UserData,
     /// Kernel and initial ram disk given in the specification.
     DirectBoot,
+    /// Commands with a terminal.
+    ExecTty,
+    /// Cores and memory changed while it runs.
+    ResizeLive,
+    /// Disks attached and detached while it runs.
+    HotplugDisk,
+    /// Network interfaces attached and detached while it runs.
+    HotplugNetwork,
+    /// Its disks at a moment, to return to.
+    Snapshot,
+    /// Its disks and memory at a moment, to return to.
+    SnapshotMemory,
+    /// New instances from a snapshot.
+    Clone,
+    /// Moves to another node while it runs, with disks that both nodes reach.
+    Migrate,
+    /// Moves to another node while it runs, its disks copied.
+    MigrateStorage,
+    /// Started from another image with its own disk beside, to be repaired.
+    Rescue,
+    /// Bounds of processor time, memory and I/O from [`hv_types::instance::ResourceLimits`].
+    Limits,
+    /// Directories of the node mounted in it.
+    Volumes,
 }
 
 impl Capability {
+    /// Every capability.
+    pub const ALL: [Self; 19] = [
+        Self::Pause,
+        Self::Console,
+        Self::Logs,
+        Self::Exec,
+        Self::ExecTty,
+        Self::Display,
+        Self::UserData,
+        Self::DirectBoot,
+        Self::ResizeLive,
+        Self::HotplugDisk,
+        Self::HotplugNetwork,
+        Self::Snapshot,
+        Self::SnapshotMemory,
+        Self::Clone,
+        Self::Migrate,
+        Self::MigrateStorage,
+        Self::Rescue,
+        Self::Limits,
+        Self::Volumes,
+    ];
+
     /// As the API spells it.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -139,6 +251,18 @@ impl Capability {
             Self::Display => "display",
             Self::UserData => "user_data",
             Self::DirectBoot => "direct_boot",
+            Self::ExecTty => "exec_tty",
+            Self::ResizeLive => "resize_live",
+            Self::HotplugDisk => "hotplug_disk",
+            Self::HotplugNetwork => "hotplug_network",
+            Self::Snapshot => "snapshot",
+            Self::SnapshotMemory => "snapshot_memory",
+            Self::Clone => "clone",
+            Self::Migrate => "migrate",
+            Self::MigrateStorage => "migrate_storage",
+            Self::Rescue => "rescue",
+            Self::Limits => "limits",
+            Self::Volumes => "volumes",
         }
     }
 }
@@ -245,6 +369,8 @@ pub struct LogRequest {
     pub tail_lines: Option<u64>,
     /// Go on with what comes; ends when the instance does.
     pub follow: bool,
+    /// Only what was printed since then, as exactly as the runtime keeps times: never less, perhaps more.
+    pub since: Option<SystemTime>,
 }
 
 /// Where a screen is served.
@@ -252,6 +378,15 @@ pub struct LogRequest {
 pub enum Display {
     /// The VNC protocol (RFC 6143) on a unix socket of this node.
     Vnc(PathBuf),
+}
+
+/// What a change of the specification came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Updated {
+    /// The instance is as the new configuration says.
+    Done,
+    /// It will be when it is started the next time; the text says what has to wait and why.
+    AtNextStart(String),
 }
 
 /// Something changed without being asked for; the agent looks at the instance.
@@ -333,4 +468,85 @@ pub trait Driver: Send + Sync + 'static {
 
     /// Where its screen is.
     async fn display(&self, id: &InstanceId) -> Result<Display>;
+
+    /// Makes an instance that exists, running or not, what this configuration says: name, cores, memory, limits, disks,
+    /// network interfaces. A disk that is in the new configuration only is made, one that is missing from it is removed with what is on
+    /// it; the boot disk may only grow. Idempotent. Whatever fails, what ran goes on as it was.
+    ///
+    /// # Errors
+    /// [`DriverError::InvalidConfig`] for what can never be (another image, a disk that shrinks).
+    async fn update(&self, config: &InstanceConfig) -> Result<Updated> {
+        let _ = config;
+        Err(self.cannot("be changed", "it is fixed when it is created"))
+    }
+
+    /// Keeps what the instance is at this moment under a name. A second request with the same name returns the first
+    /// snapshot.
+    async fn snapshot(&self, id: &InstanceId, request: &SnapshotRequest) -> Result<SnapshotInfo> {
+        let _ = (id, request);
+        Err(self.cannot("snapshot", "it has no snapshots"))
+    }
+
+    /// Returns to a snapshot. With memory it runs, or stands still, as it did then; without it does not run afterwards.
+    async fn revert(&self, id: &InstanceId, name: &str) -> Result<()> {
+        let _ = (id, name);
+        Err(self.cannot("revert", "it has no snapshots"))
+    }
+
+    /// Forgets a snapshot; one that is not there is forgotten already.
+    async fn delete_snapshot(&self, id: &InstanceId, name: &str) -> Result<()> {
+        let _ = (id, name);
+        Err(self.cannot("delete a snapshot", "it has no snapshots"))
+    }
+
+    /// The snapshots of an instance, oldest first.
+    async fn snapshots(&self, id: &InstanceId) -> Result<Vec<SnapshotInfo>> {
+        let _ = id;
+        Err(self.cannot("list snapshots", "it has no snapshots"))
+    }
+
+    /// Creates an instance from the snapshot of another on this node: with its memory, where the snapshot has it. What must be unique
+    /// (identity, addresses, entropy) is the new one's own.
+    async fn clone_snapshot(
+        &self,
+        source: &InstanceId,
+        name: &str,
+        config: &InstanceConfig,
+    ) -> Result<Handle> {
+        let _ = (source, name, config);
+        Err(self.cannot("clone", "it has no snapshots"))
+    }
+
+    /// Prepares an instance that is about to be handed over by another node: everything is there, it stands still and waits. It is
+    /// observed as [`Observed::Paused`], and runs only after [`Driver::resume`]. [`Driver::delete`] gives it up.
+    /// A second request with the same migration returns the same answer.
+    async fn prepare_incoming(&self, config: &InstanceConfig, request: &IncomingRequest) -> Result<Incoming> {
+        let _ = (config, request);
+        Err(self.cannot("migrate", "its runtime cannot move what runs"))
+    }
+
+    /// Begins to hand a running instance over. Returns at once; [`Driver::migration`] tells how far it is. It runs here until
+    /// everything is there, then is [`Observed::HandedOver`]. A second request with the same migration changes nothing.
+    async fn migrate(&self, id: &InstanceId, request: &MigrateRequest) -> Result<()> {
+        let _ = (id, request);
+        Err(self.cannot("migrate", "its runtime cannot move what runs"))
+    }
+
+    /// How far the last migration is; `None` if there was none since it was started.
+    async fn migration(&self, id: &InstanceId) -> Result<Option<MigrationStatus>> {
+        let _ = id;
+        Err(self.cannot("migrate", "its runtime cannot move what runs"))
+    }
+
+    /// Ends a migration wherever it is, also after the hand-over: the instance runs on here. The caller has made sure that it will
+    /// never run on the other node.
+    async fn abort_migration(&self, id: &InstanceId) -> Result<()> {
+        let _ = id;
+        Err(self.cannot("migrate", "its runtime cannot move what runs"))
+    }
+
+    /// What it says of something that it cannot do.
+    fn cannot(&self, operation: &'static str, reason: &str) -> DriverError {
+        DriverError::Unsupported { driver: self.name(), operation, reason: reason.to_owned() }
+    }
 }

@@ -92,6 +92,8 @@ fn record(index: usize, spec: Arc<InstanceSpec>, placement: Arc<PlacementRules>)
         started_at: None,
         restart_count: 0,
         recovery_note: String::new(),
+        update_note: String::new(),
+        migration: None,
         revision: Revision::default(),
     }
 }

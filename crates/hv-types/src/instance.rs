@@ -20,7 +20,7 @@ use crate::validate::{self, Invalid};
 
 pub mod spec;
 
-pub use spec::{DiskSpec, InstanceSpec, NetworkSpec, ResourceLimits, VolumeMount};
+pub use spec::{DiskSpec, Firmware, HealthCheck, InstanceSpec, NetworkSpec, ResourceLimits, VolumeMount};
 
 /// What kind of workload it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -373,6 +373,15 @@ pub struct Binding {
     pub release: bool,
 }
 
+/// A move to another node while the instance runs. Its resources count on both nodes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Migration {
+    /// Where to.
+    pub target: NodeId,
+    /// The operation that does it.
+    pub operation: String,
+}
+
 /// An instance as stored.
 #[derive(Clone, Debug, PartialEq)]
 pub struct InstanceRecord {
@@ -427,6 +436,10 @@ pub struct InstanceRecord {
     pub restart_count: u32,
     /// Where its node is lost: why it was not started elsewhere, or when it will be. Empty otherwise.
     pub recovery_note: String,
+    /// What of its specification takes effect at the next start only, and why; empty for nothing.
+    pub update_note: String,
+    /// It is being moved to another node while it runs. Nothing else can be asked of it meanwhile but its deletion.
+    pub migration: Option<Box<Migration>>,
     /// The revision this was read at; not part of the value.
     pub revision: Revision,
 }

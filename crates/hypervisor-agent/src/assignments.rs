@@ -147,6 +147,7 @@ fn order_of(assignment: Assignment) -> Result<Order, Invalid> {
             name: assignment.name,
             spec: convert::spec_from(assignment.spec.unwrap_or_default())?,
             metadata: convert::metadata_from(assignment.metadata),
+            image: None,
         },
         instance_type,
         epoch: Epoch(assignment.epoch),

@@ -182,7 +182,8 @@ impl Entry {
     /// An instance that a driver has and nobody knows of.
     pub(crate) fn found(id: InstanceId, instance_type: InstanceType, driver: &str) -> Self {
         let name = id.to_string();
-        let config = InstanceConfig { id, name, spec: Default::default(), metadata: Default::default() };
+        let config =
+            InstanceConfig { id, name, spec: Default::default(), metadata: Default::default(), image: None };
         let mut entry = Self::blank(config, instance_type, Origin::Found);
         entry.driver = Some(driver.to_owned());
         entry
@@ -305,6 +306,7 @@ mod tests {
                 name: "a".into(),
                 spec: Default::default(),
                 metadata: Default::default(),
+                image: None,
             },
             instance_type: InstanceType::Vm,
             epoch: Epoch(epoch),

@@ -274,8 +274,13 @@ mod tests {
 
     fn entry(id: &str) -> Entry {
         let id = id.parse().unwrap();
-        let config =
-            InstanceConfig { id, name: "a".into(), spec: Default::default(), metadata: Default::default() };
+        let config = InstanceConfig {
+            id,
+            name: "a".into(),
+            spec: Default::default(),
+            metadata: Default::default(),
+            image: None,
+        };
         Entry::local(config, InstanceType::Vm)
     }
 

@@ -89,7 +89,9 @@ impl Step {
             Self::Delete => InstanceState::Deleting,
             Self::Pause | Self::Resume => match seen {
                 Observed::Paused(_) => InstanceState::Paused,
-                Observed::Running(_) | Observed::Stopped(_) | Observed::Absent => InstanceState::Running,
+                Observed::Running(_) | Observed::HandedOver | Observed::Stopped(_) | Observed::Absent => {
+                    InstanceState::Running
+                }
             },
         }
     }
@@ -137,7 +139,9 @@ pub(crate) fn next_step(entry: &Entry, seen: &Observed, now: &At<'_>) -> Next {
     if entry.discard {
         return match seen {
             Observed::Absent => Next::Note(Note::Discarded),
-            Observed::Stopped(_) | Observed::Running(_) | Observed::Paused(_) => Next::Do(Step::Delete),
+            Observed::Stopped(_) | Observed::Running(_) | Observed::Paused(_) | Observed::HandedOver => {
+                Next::Do(Step::Delete)
+            }
         };
     }
     if entry.pending { pursue(entry, seen) } else { rest(entry, seen, now) }
@@ -148,6 +152,7 @@ fn pursue(entry: &Entry, seen: &Observed) -> Next {
     match (entry.wanted, seen) {
         (Wanted::Deleted, Observed::Absent) => Next::Note(Note::Gone),
         (Wanted::Deleted, _) => Next::Do(Step::Delete),
+        (_, Observed::HandedOver) => handed_over(),
 
         (Wanted::Running | Wanted::Paused, Observed::Absent) if entry.created => {
             Next::Fail("what belonged to it on this node is gone; delete it and create it again")
@@ -197,6 +202,7 @@ fn rest(entry: &Entry, seen: &Observed, now: &At<'_>) -> Next {
     match seen {
         Observed::Running(_) => show(Running, ""),
         Observed::Paused(_) => show(Paused, ""),
+        Observed::HandedOver => handed_over(),
         Observed::Absent if entry.origin == Origin::Found => show(Stopped, "found on the node"),
         Observed::Absent => {
             show(Failed, "what belonged to it on this node is gone; delete it and create it again")
@@ -224,6 +230,12 @@ fn rest(entry: &Entry, seen: &Observed, now: &At<'_>) -> Next {
             }
         }
     }
+}
+
+/// Where it runs from now on is the control plane's to say: it binds it to the other node, or has the migration aborted.
+fn handed_over() -> Next {
+    let reason = "it was handed over to another node and waits for the control plane";
+    Next::Rest(InstanceState::Running, reason.to_owned())
 }
 
 /// What comes next for an instance that is to run and ended without having been asked to; `None`: it stays as it is.

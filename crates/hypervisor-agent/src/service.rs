@@ -1,6 +1,9 @@
 //! AgentService: what is interactive, and operation of the node while the control plane is away. Translates only.
 
 mod deadline;
+mod images;
+mod migration;
+mod snapshots;
 mod streams;
 
 use std::collections::HashMap;
@@ -176,6 +179,7 @@ impl AgentService for Service {
             name: record.name,
             spec: Arc::unwrap_or_clone(record.spec),
             metadata: Arc::unwrap_or_clone(record.metadata),
+            image: None,
         };
         let view = self.instances.create_local(config, instance_type).map_err(|e| refuse(&e))?;
         Ok(shown(view, 1, wait).await)
@@ -304,6 +308,74 @@ impl AgentService for Service {
     ) -> Answer<Self::GetInstanceLogsStream> {
         let patience = self.patience(&request);
         self.logs(request.into_inner(), patience).await
+    }
+
+    async fn create_snapshot(
+        &self,
+        request: Request<v1::AgentSnapshotRequest>,
+    ) -> Answer<v1::InstanceSnapshot> {
+        self.create_snapshot(request).await
+    }
+
+    async fn revert_instance(&self, request: Request<v1::AgentSnapshotRequest>) -> Answer<v1::Instance> {
+        self.revert_snapshot(request).await
+    }
+
+    async fn delete_snapshot(&self, request: Request<v1::AgentSnapshotRequest>) -> Answer<Empty> {
+        self.delete_snapshot(request).await
+    }
+
+    async fn list_snapshots(
+        &self,
+        request: Request<v1::AgentInstanceRequest>,
+    ) -> Answer<v1::ListInstanceSnapshotsResponse> {
+        self.list_snapshot(request).await
+    }
+
+    async fn prepare_incoming(
+        &self,
+        request: Request<v1::AgentPrepareIncomingRequest>,
+    ) -> Answer<v1::AgentPrepareIncomingResponse> {
+        self.prepare_migration(request).await
+    }
+
+    async fn begin_migration(
+        &self,
+        request: Request<v1::AgentBeginMigrationRequest>,
+    ) -> Answer<v1::AgentMigrationStatus> {
+        self.begin_migration(request).await
+    }
+
+    async fn get_migration(
+        &self,
+        request: Request<v1::AgentMigrationRequest>,
+    ) -> Answer<v1::AgentMigrationStatus> {
+        self.status_migration(request).await
+    }
+
+    async fn abort_migration(&self, request: Request<v1::AgentMigrationRequest>) -> Answer<Empty> {
+        self.abort_migration(request).await
+    }
+
+    type PullImageStream = Outgoing<v1::PullImageProgress>;
+
+    async fn pull_image(&self, request: Request<v1::PullImageRequest>) -> Answer<Self::PullImageStream> {
+        self.pull_image(request).await
+    }
+
+    async fn delete_image(&self, request: Request<v1::DeleteImageRequest>) -> Answer<Empty> {
+        self.delete_image(request).await
+    }
+
+    async fn upload_image(&self, request: Request<Streaming<v1::UploadImageRequest>>) -> Answer<v1::Image> {
+        self.upload_image(request).await
+    }
+
+    async fn collect_images(
+        &self,
+        request: Request<v1::CollectImagesRequest>,
+    ) -> Answer<v1::CollectImagesResponse> {
+        self.collect_image(request).await
     }
 }
 

@@ -43,7 +43,7 @@ impl View {
     pub(crate) fn of(entry: &Entry, shown: &Shown<'_>, node_id: &NodeId) -> Self {
         let running = match shown.seen {
             Some(Observed::Running(running) | Observed::Paused(running)) => running.clone(),
-            Some(Observed::Absent | Observed::Stopped(_)) | None => Running::default(),
+            Some(Observed::Absent | Observed::Stopped(_) | Observed::HandedOver) | None => Running::default(),
         };
         let reason: String = shown.reason.chars().take(MAX_REASON_CHARACTERS).collect();
         let bound = entry.origin == Origin::Assigned;
@@ -72,6 +72,8 @@ impl View {
             started_at: running.since.or(entry.started_at),
             restart_count: entry.restarts.count,
             recovery_note: String::new(),
+            update_note: String::new(),
+            migration: None,
             revision: Revision::default(),
         };
         Self {
@@ -98,6 +100,7 @@ impl View {
             started_at: started_at.map(convert::to_timestamp),
             gone: entry.gone,
             restart_count: record.restart_count,
+            update_note: record.update_note.clone(),
         }
     }
 }

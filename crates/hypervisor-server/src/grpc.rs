@@ -3,10 +3,14 @@
 mod assignments;
 mod cluster;
 mod compute;
+mod images;
 mod interactive;
+mod migration;
 mod operations;
 mod request;
+mod snapshots;
 mod store;
+mod updates;
 mod watch;
 
 use std::sync::Arc;

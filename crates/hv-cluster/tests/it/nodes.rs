@@ -116,12 +116,7 @@ async fn a_heartbeat_writes_only_what_changed_and_through_any_server() {
     let same = Inventory { conditions: Vec::new(), drivers: convert_drivers(), images: Vec::new() };
     assert!(server.cluster.heartbeat(None, &id, with(same.clone())).await.unwrap().is_some());
     assert_eq!(disk.store.revision().await.unwrap(), before, "a heartbeat without news was written");
-    let image = hv_types::ImageInfo {
-        name: "tiny".into(),
-        instance_type: hv_types::InstanceType::Vm,
-        size_bytes: 1,
-        created_at: std::time::UNIX_EPOCH,
-    };
+    let image = hv_types::ImageInfo::file("tiny", hv_types::InstanceType::Vm, 1, std::time::UNIX_EPOCH);
     let news = Inventory { images: vec![image.clone()], ..same.clone() };
     assert!(server.cluster.heartbeat(None, &id, with(news)).await.unwrap().is_some());
     assert_eq!(server.cluster.node(&id).await.unwrap().0.images.len(), 1);

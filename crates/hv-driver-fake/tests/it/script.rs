@@ -28,7 +28,7 @@ fn annotated(pairs: &[(&str, &str)]) -> InstanceConfig {
         memory_bytes: 64 << 20,
         ..InstanceSpec::default()
     };
-    InstanceConfig { id: InstanceId::generate(), name: "scripted".to_owned(), spec, metadata }
+    InstanceConfig { id: InstanceId::generate(), name: "scripted".to_owned(), spec, metadata, image: None }
 }
 
 #[tokio::test]

@@ -14,6 +14,7 @@ fn stored(id: &str, name: &str) -> Stored {
         name: name.to_owned(),
         spec,
         metadata: Metadata::default(),
+        image: None,
     };
     let disk = StoredDisk {
         file: "boot.qcow2".into(),

@@ -208,8 +208,10 @@ async fn the_console_log_stays_within_its_bound() {
         assert!(begun.elapsed() < PATIENCE, "the log was not cut");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    let logs =
-        driver.logs(&config.id, hv_driver::LogRequest { tail_lines: Some(1), follow: false }).await.unwrap();
+    let logs = driver
+        .logs(&config.id, hv_driver::LogRequest { tail_lines: Some(1), ..Default::default() })
+        .await
+        .unwrap();
     let last: Vec<_> = logs.collect().await;
     assert!(String::from_utf8_lossy(last[0].as_ref().unwrap()).starts_with("line 059999"));
     let mut late = driver.console(&config.id).await.unwrap();

@@ -97,7 +97,7 @@ pub async fn logs_are_read_by_lines_also_when_stopped(subject: &dyn Subject) {
     for is_stopped in [false, true] {
         let all = read_all(driver.logs(&config.id, LogRequest::default()).await.expect("logs")).await;
         assert!(all.contains(subject.greeting()) && all.contains("second line"), "{is_stopped}: {all:?}");
-        let request = LogRequest { tail_lines: Some(2), follow: false };
+        let request = LogRequest { tail_lines: Some(2), ..LogRequest::default() };
         let tail = read_all(driver.logs(&config.id, request).await.expect("logs")).await;
         let lines: Vec<_> = tail.lines().map(str::trim).collect();
         assert_eq!(lines, ["second line", "third line"], "{is_stopped}");
@@ -110,7 +110,7 @@ pub async fn logs_are_read_by_lines_also_when_stopped(subject: &dyn Subject) {
 pub async fn followed_logs_end_with_the_instance(subject: &dyn Subject) {
     let (driver, config) = started(subject).await;
     let console = driver.console(&config.id).await.expect("console");
-    let request = LogRequest { tail_lines: None, follow: true };
+    let request = LogRequest { follow: true, ..LogRequest::default() };
     let mut logs = driver.logs(&config.id, request).await.expect("logs");
     read_until(&mut logs, subject.greeting(), 1).await;
     type_line(&console, "followed\n").await;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use hv_types::instance::{Binding, FailoverPolicy, StopOptions};
+use hv_types::instance::{Binding, FailoverPolicy, HealthCheck, Migration, StopOptions};
 use hv_types::{
     DiskSpec, Epoch, InstanceId, InstanceRecord, InstanceSpec, InstanceState, InstanceType, Invalid,
     Metadata, NetworkSpec, PlacementRules, ResourceLimits, Revision, VolumeMount, Wanted, validate,
@@ -156,8 +156,21 @@ pub fn spec_to(spec: &InstanceSpec) -> v1::InstanceSpec {
             memory_swap: limits.memory_swap,
             io_read_bps: limits.io_read_bps,
             io_write_bps: limits.io_write_bps,
+            pids: limits.pids,
         }),
         user_data: spec.user_data.clone(),
+        firmware: spec.firmware.map(|firmware| firmware.name().to_owned()).unwrap_or_default(),
+        tpm: spec.tpm,
+        read_only_root: spec.read_only_root,
+        user: spec.user.clone(),
+        working_dir: spec.working_dir.clone(),
+        health_check: spec.health_check.as_ref().map(|check| v1::HealthCheck {
+            command: check.command.clone(),
+            interval_seconds: check.interval_seconds,
+            timeout_seconds: check.timeout_seconds,
+            retries: check.retries,
+            start_seconds: check.start_seconds,
+        }),
     }
 }
 
@@ -216,9 +229,28 @@ pub fn spec_from(spec: v1::InstanceSpec) -> Result<InstanceSpec, Invalid> {
             memory_swap: limits.memory_swap,
             io_read_bps: limits.io_read_bps,
             io_write_bps: limits.io_write_bps,
+            pids: limits.pids,
         }),
         user_data: spec.user_data,
+        firmware: (!spec.firmware.is_empty()).then(|| spec.firmware.parse()).transpose()?,
+        tpm: spec.tpm,
+        read_only_root: spec.read_only_root,
+        user: spec.user,
+        working_dir: spec.working_dir,
+        health_check: spec.health_check.map(health_check_from),
     })
+}
+
+/// A health check, with the defaults where nothing is said.
+fn health_check_from(check: v1::HealthCheck) -> HealthCheck {
+    let or = |value: u32, default: u32| if value == 0 { default } else { value };
+    HealthCheck {
+        command: check.command,
+        interval_seconds: or(check.interval_seconds, HealthCheck::INTERVAL_SECONDS),
+        timeout_seconds: or(check.timeout_seconds, HealthCheck::TIMEOUT_SECONDS),
+        retries: or(check.retries, HealthCheck::RETRIES),
+        start_seconds: check.start_seconds,
+    }
 }
 
 /// The project that a request names, or the default one.
@@ -276,6 +308,8 @@ pub fn create_request_from(request: v1::CreateInstanceRequest) -> Result<Instanc
         started_at: None,
         restart_count: 0,
         recovery_note: String::new(),
+        update_note: String::new(),
+        migration: None,
         revision: Revision::default(),
     };
     record.validate()?;
@@ -314,6 +348,8 @@ pub fn instance_to(record: &InstanceRecord) -> v1::Instance {
         region: placement.region.clone(),
         zone: placement.zone.clone(),
         node_selector: placement.node_selector.requirements().clone().into_iter().collect(),
+        migration_target: record.migration.as_ref().map(|m| m.target.to_string()).unwrap_or_default(),
+        update_note: record.update_note.clone(),
     }
 }
 
@@ -381,6 +417,9 @@ pub fn instance_to_record(record: &InstanceRecord) -> store::InstanceRecord {
         started_at: record.started_at.map(to_timestamp),
         restart_count: record.restart_count,
         recovery_note: record.recovery_note.clone(),
+        update_note: record.update_note.clone(),
+        migration_target: record.migration.as_ref().map(|m| m.target.to_string()).unwrap_or_default(),
+        migration_id: record.migration.as_ref().map(|m| m.operation.clone()).unwrap_or_default(),
     }
 }
 
@@ -399,6 +438,10 @@ pub fn instance_from_record(
         Some(Binding { node_id: value.node_id.parse()?, release: value.release })
     };
     let preferred = value.preferred_node_id;
+    let migration = match (value.migration_target, value.migration_id) {
+        (target, _) if target.is_empty() => None,
+        (target, operation) => Some(Box::new(Migration { target: target.parse()?, operation })),
+    };
     Ok(InstanceRecord {
         id: value.id.parse()?,
         name: value.name,
@@ -431,6 +474,8 @@ pub fn instance_from_record(
         started_at: value.started_at.as_ref().map(from_timestamp),
         restart_count: value.restart_count,
         recovery_note: value.recovery_note,
+        update_note: value.update_note,
+        migration,
         revision,
     })
 }

@@ -156,6 +156,11 @@ pub fn image_to(image: &ImageInfo) -> v1::Image {
         r#type: instance_type_to(image.instance_type).into(),
         created_at: Some(to_timestamp(image.created_at)),
         node_ids: Vec::new(),
+        digest: image.digest.clone(),
+        source: image.source.clone(),
+        architecture: image.architecture.clone(),
+        form: image.form.clone(),
+        instances: 0,
     }
 }
 
@@ -165,6 +170,14 @@ pub fn image_to(image: &ImageInfo) -> v1::Image {
 /// Its name is not printable, its type not said or its size negative.
 pub fn image_from(image: v1::Image) -> Result<ImageInfo, Invalid> {
     validate::printable("images.name", &image.name, 512)?;
+    validate::text("images.source", &image.source, 2048)?;
+    for (field, value) in [
+        ("images.digest", &image.digest),
+        ("images.architecture", &image.architecture),
+        ("images.form", &image.form),
+    ] {
+        validate::text(field, value, 128)?;
+    }
     let instance_type = instance_type_from(image.r#type)?
         .ok_or_else(|| Invalid::new("images.type", "", "must be `vm`, `container` or `microvm`"))?;
     Ok(ImageInfo {
@@ -172,6 +185,10 @@ pub fn image_from(image: v1::Image) -> Result<ImageInfo, Invalid> {
         instance_type,
         size_bytes: unsigned("images.size_bytes", image.size_bytes)?,
         created_at: image.created_at.as_ref().map_or(SystemTime::UNIX_EPOCH, from_timestamp),
+        digest: image.digest,
+        source: image.source,
+        architecture: image.architecture,
+        form: image.form,
     })
 }
 

@@ -86,6 +86,8 @@ pub(crate) fn instance(name: &str, cores: u32, memory_mib: u64) -> InstanceRecor
         started_at: None,
         restart_count: 0,
         recovery_note: String::new(),
+        update_note: String::new(),
+        migration: None,
         revision: Revision::default(),
     }
 }

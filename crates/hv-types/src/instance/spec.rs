@@ -56,6 +56,116 @@ pub struct InstanceSpec {
     pub limits: Option<ResourceLimits>,
     /// cloud-init user data for a virtual machine; may be empty.
     pub user_data: String,
+    /// How a virtual machine boots; `None` is the driver's choice.
+    #[serde(default)]
+    pub firmware: Option<Firmware>,
+    /// Whether a virtual machine has a trusted platform module.
+    #[serde(default)]
+    pub tpm: bool,
+    /// Whether a container's root cannot be written.
+    #[serde(default)]
+    pub read_only_root: bool,
+    /// Whom a container runs as: `uid` or `uid:gid`; empty: the image's user.
+    #[serde(default)]
+    pub user: String,
+    /// Where a container's process begins; empty: the image's.
+    #[serde(default)]
+    pub working_dir: String,
+    /// How a container is known to be well.
+    #[serde(default)]
+    pub health_check: Option<HealthCheck>,
+}
+
+/// How a virtual machine boots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Firmware {
+    /// A PC BIOS.
+    Bios,
+    /// UEFI, with variables of its own.
+    Uefi,
+}
+
+impl Firmware {
+    /// As the API spells it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bios => "bios",
+            Self::Uefi => "uefi",
+        }
+    }
+}
+
+impl std::str::FromStr for Firmware {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        match text {
+            "bios" => Ok(Self::Bios),
+            "uefi" => Ok(Self::Uefi),
+            _ => Err(Invalid::new("spec.firmware", text, "must be `bios` or `uefi`")),
+        }
+    }
+}
+
+/// A command that tells whether a container is well: exit code 0 says so.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct HealthCheck {
+    /// Program and arguments.
+    pub command: Vec<String>,
+    /// From one end to the next begin, in seconds.
+    pub interval_seconds: u32,
+    /// How long it may take, in seconds.
+    pub timeout_seconds: u32,
+    /// So many failures in a row end the container with a failure.
+    pub retries: u32,
+    /// Failures in the first seconds do not count.
+    pub start_seconds: u32,
+}
+
+impl HealthCheck {
+    /// Where nothing is said.
+    pub const INTERVAL_SECONDS: u32 = 30;
+    /// Where nothing is said.
+    pub const TIMEOUT_SECONDS: u32 = 5;
+    /// Where nothing is said.
+    pub const RETRIES: u32 = 3;
+    /// The longest of each time, in seconds: a day.
+    pub const MAX_SECONDS: u32 = 86_400;
+    /// Most words of its command.
+    pub const MAX_WORDS: usize = 64;
+
+    fn validate(&self) -> Result<(), Invalid> {
+        let words = self.command.len();
+        if words == 0 || words > Self::MAX_WORDS {
+            let expected = format!("must have between 1 and {} words", Self::MAX_WORDS);
+            return Err(Invalid::new("spec.health_check.command", words, expected));
+        }
+        if let Some(word) =
+            self.command.iter().find(|word| word.contains('\0') || word.len() > MAX_PROCESS_BYTES)
+        {
+            return Err(Invalid::new(
+                "spec.health_check.command",
+                word,
+                "must not contain NUL or be so long",
+            ));
+        }
+        let times = [
+            ("interval_seconds", self.interval_seconds),
+            ("timeout_seconds", self.timeout_seconds),
+            ("start_seconds", self.start_seconds),
+            ("retries", self.retries),
+        ];
+        match times.into_iter().find(|(_, time)| *time > Self::MAX_SECONDS) {
+            Some((field, value)) => Err(Invalid::new(
+                format!("spec.health_check.{field}"),
+                value,
+                format!("must be at most {}", Self::MAX_SECONDS),
+            )),
+            None => Ok(()),
+        }
+    }
 }
 
 /// One more disk.
@@ -110,6 +220,9 @@ pub struct ResourceLimits {
     pub io_read_bps: i64,
     /// Bytes written per second.
     pub io_write_bps: i64,
+    /// Processes and threads.
+    #[serde(default)]
+    pub pids: i64,
 }
 
 impl InstanceSpec {
@@ -142,6 +255,7 @@ impl InstanceSpec {
         self.validate_process()?;
         self.validate_disks()?;
         validate::text("spec.user_data", &self.user_data, MAX_USER_DATA_BYTES)?;
+        self.validate_kind(instance_type)?;
         if self.volume_mounts.len() > MAX_DISKS {
             let expected = format!("must have at most {MAX_DISKS} entries");
             return Err(Invalid::new("spec.volume_mounts", self.volume_mounts.len(), expected));
@@ -199,6 +313,35 @@ impl InstanceSpec {
             return Err(Invalid::new("spec.env", name, "names must not be empty or contain `=`"));
         }
         Ok(())
+    }
+
+    /// What only one kind of instance has is refused elsewhere, so that nobody relies on it in vain.
+    fn validate_kind(&self, instance_type: InstanceType) -> Result<(), Invalid> {
+        let of_containers = [
+            ("spec.read_only_root", self.read_only_root),
+            ("spec.user", !self.user.is_empty()),
+            ("spec.working_dir", !self.working_dir.is_empty()),
+            ("spec.health_check", self.health_check.is_some()),
+        ];
+        let of_machines = [("spec.firmware", self.firmware.is_some()), ("spec.tpm", self.tpm)];
+        let refused: &[(&str, bool)] = match instance_type {
+            InstanceType::Vm => &of_containers,
+            InstanceType::Container => &of_machines,
+            InstanceType::Microvm => &[of_containers[0], of_containers[3], of_machines[0], of_machines[1]],
+        };
+        if let Some((field, _)) = refused.iter().find(|(_, is_set)| *is_set) {
+            return Err(Invalid::new(*field, instance_type, "is not for an instance of this type"));
+        }
+        let is_id = |id: &str| id.parse::<u32>().is_ok();
+        let (uid, gid) = self.user.split_once(':').unwrap_or((&self.user, "0"));
+        if !self.user.is_empty() && !(is_id(uid) && is_id(gid)) {
+            return Err(Invalid::new("spec.user", &self.user, "must be `uid` or `uid:gid` in numbers"));
+        }
+        validate::text("spec.working_dir", &self.working_dir, 4096)?;
+        if !self.working_dir.is_empty() && !self.working_dir.starts_with('/') {
+            return Err(Invalid::new("spec.working_dir", &self.working_dir, "must begin with `/`"));
+        }
+        self.health_check.as_ref().map_or(Ok(()), HealthCheck::validate)
     }
 
     fn validate_disks(&self) -> Result<(), Invalid> {

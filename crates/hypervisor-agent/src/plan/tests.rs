@@ -19,6 +19,7 @@ fn order(generation: u64, wanted: Wanted, restart_generation: u64) -> Order {
             name: "a".into(),
             spec: Default::default(),
             metadata: Default::default(),
+            image: None,
         },
         instance_type: InstanceType::Vm,
         epoch: Epoch(1),

@@ -175,7 +175,11 @@ impl Service {
                 )));
             }
         };
-        let wanted = LogRequest { tail_lines, follow: request.follow };
+        let wanted = LogRequest {
+            tail_lines,
+            follow: request.follow,
+            since: request.since.as_ref().map(hv_proto::convert::from_timestamp),
+        };
         let log = ask(patience, self.driver_of(&id)?.logs(&id, wanted)).await?;
         let chunks = log.map(|data| match data {
             Ok(data) => Ok(v1::LogChunk { data }),

@@ -169,7 +169,7 @@ async fn commands_logs_and_statistics_reach_the_driver() {
         client.exec(futures::stream::iter([input(v1::exec_input::Input::Start(empty))])).await.unwrap_err();
     assert_eq!(refusal.code(), Code::InvalidArgument);
 
-    let asked = v1::GetInstanceLogsRequest { instance_id: id.clone(), tail_lines: 1, follow: false };
+    let asked = v1::GetInstanceLogsRequest { instance_id: id.clone(), tail_lines: 1, ..Default::default() };
     let log = client.get_instance_logs(asked).await.unwrap().into_inner();
     let log: Vec<u8> = log.map(|chunk| chunk.unwrap().data).concat_bytes().await;
     assert!(String::from_utf8_lossy(&log).contains("hello from mine"));

@@ -235,6 +235,15 @@ struct Spec {
     limits: Option<Limits>,
     #[serde(alias = "userData")]
     user_data: Option<String>,
+    firmware: Option<String>,
+    tpm: Option<bool>,
+    #[serde(alias = "readOnlyRoot")]
+    read_only_root: Option<bool>,
+    user: Option<String>,
+    #[serde(alias = "workingDir")]
+    working_dir: Option<String>,
+    #[serde(alias = "healthCheck")]
+    health_check: Option<v1::HealthCheck>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -287,6 +296,8 @@ struct Limits {
     io_read_bps: ByteSize,
     #[serde(alias = "ioWriteBps")]
     io_write_bps: ByteSize,
+    #[serde(default)]
+    pids: i64,
 }
 
 fn ignored<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(), D::Error> {
@@ -407,6 +418,12 @@ impl Spec {
             ("volumeMounts", self.volume_mounts.is_some()),
             ("limits", self.limits.is_some()),
             ("userData", self.user_data.is_some()),
+            ("firmware", self.firmware.is_some()),
+            ("tpm", self.tpm.is_some()),
+            ("readOnlyRoot", self.read_only_root.is_some()),
+            ("user", self.user.is_some()),
+            ("workingDir", self.working_dir.is_some()),
+            ("healthCheck", self.health_check.is_some()),
         ]
         .into_iter()
         .filter_map(|(name, given)| given.then_some(name))
@@ -434,6 +451,12 @@ impl Spec {
                 .collect(),
             limits: self.limits.map(Limits::wire),
             user_data: self.user_data.unwrap_or_default(),
+            firmware: self.firmware.unwrap_or_default(),
+            tpm: self.tpm.unwrap_or_default(),
+            read_only_root: self.read_only_root.unwrap_or_default(),
+            user: self.user.unwrap_or_default(),
+            working_dir: self.working_dir.unwrap_or_default(),
+            health_check: self.health_check,
         }
     }
 }
@@ -475,6 +498,7 @@ impl Limits {
             memory_swap: signed(self.memory_swap),
             io_read_bps: signed(self.io_read_bps),
             io_write_bps: signed(self.io_write_bps),
+            pids: self.pids,
         }
     }
 }

@@ -63,6 +63,7 @@ pub(super) async fn logs(
         instance_id: target.id,
         tail_lines: args.tail.unwrap_or_default(),
         follow: args.follow,
+        since: None,
     };
     let mut chunks = server.call(async || server.compute().get_instance_logs(request.clone()).await).await?;
     while let Some(chunk) = chunks.message().await.map_err(|status| server.error(&status))? {

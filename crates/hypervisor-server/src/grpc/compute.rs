@@ -10,13 +10,13 @@ use hv_cluster::page::Page;
 use hv_proto::v1::compute_service_server::ComputeService;
 use hv_proto::{convert, v1};
 use hv_types::instance::{Request as Wish, StopOptions};
-use hv_types::{ErrorCode, InstanceId, InstanceRecord, InstanceType, Invalid, Revision, ServiceError};
+use hv_types::{InstanceId, InstanceRecord, InstanceType, Invalid, Revision};
 use pbjson_types::Empty;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::request::{failed, id, mutation, refuse};
 use super::watch::{Piece, View, watch};
-use super::{ReplyStream, Shared, empty, interactive};
+use super::{ReplyStream, Shared, empty, images, interactive, migration, snapshots, updates};
 
 pub(crate) struct Service(pub(crate) Shared);
 
@@ -343,16 +343,78 @@ impl ComputeService for Service {
         Ok(Response::new(v1::ListImagesResponse { images, next_page_token }))
     }
 
+    async fn update_instance(
+        &self,
+        request: Request<v1::UpdateInstanceRequest>,
+    ) -> Result<Response<v1::Instance>, Status> {
+        updates::update(&self.0, request).await
+    }
+
+    async fn create_instance_snapshot(
+        &self,
+        request: Request<v1::CreateInstanceSnapshotRequest>,
+    ) -> Result<Response<v1::Operation>, Status> {
+        snapshots::create(&self.0, request).await
+    }
+
+    async fn list_instance_snapshots(
+        &self,
+        request: Request<v1::ListInstanceSnapshotsRequest>,
+    ) -> Result<Response<v1::ListInstanceSnapshotsResponse>, Status> {
+        snapshots::list(&self.0, request).await
+    }
+
+    async fn delete_instance_snapshot(
+        &self,
+        request: Request<v1::DeleteInstanceSnapshotRequest>,
+    ) -> Result<Response<v1::Operation>, Status> {
+        snapshots::delete(&self.0, request).await
+    }
+
+    async fn revert_instance(
+        &self,
+        request: Request<v1::RevertInstanceRequest>,
+    ) -> Result<Response<v1::Operation>, Status> {
+        snapshots::revert(&self.0, request).await
+    }
+
+    async fn migrate_instance(
+        &self,
+        request: Request<v1::MigrateInstanceRequest>,
+    ) -> Result<Response<v1::Operation>, Status> {
+        migration::migrate(&self.0, request).await
+    }
+
     async fn pull_image(
         &self,
         request: Request<v1::PullImageRequest>,
     ) -> Result<Response<Self::PullImageStream>, Status> {
-        let image = hv_types::validate::excerpt(&request.into_inner().image_ref);
-        let message = format!(
-            "image {image} cannot be fetched: nodes do not fetch images in this release; put it into a node's image \
-             directory (agent key drivers.qemu.image_dir)"
-        );
-        Err(refuse(ServiceError::new(ErrorCode::Unsupported, message)))
+        images::pull(&self.0, request).await
+    }
+
+    async fn get_image(&self, request: Request<v1::GetImageRequest>) -> Result<Response<v1::Image>, Status> {
+        images::get(&self.0, request).await
+    }
+
+    async fn delete_image(
+        &self,
+        request: Request<v1::DeleteImageRequest>,
+    ) -> Result<Response<v1::DeleteImageResponse>, Status> {
+        images::delete(&self.0, request).await
+    }
+
+    async fn upload_image(
+        &self,
+        request: Request<Streaming<v1::UploadImageRequest>>,
+    ) -> Result<Response<v1::Image>, Status> {
+        images::upload(&self.0, request).await
+    }
+
+    async fn collect_images(
+        &self,
+        request: Request<v1::CollectImagesRequest>,
+    ) -> Result<Response<v1::CollectImagesResponse>, Status> {
+        images::collect(&self.0, request).await
     }
 }
 

@@ -74,7 +74,7 @@ async fn an_instance_lives_through_every_call_of_the_compute_service() {
     let nothing = || futures::stream::empty();
     assert_eq!(compute.console(nothing()).await.unwrap_err().code(), Code::InvalidArgument);
     assert_eq!(compute.exec(futures::stream::empty()).await.unwrap_err().code(), Code::InvalidArgument);
-    let request = v1::PullImageRequest { image_ref: "x".into(), r#type: VM };
+    let request = v1::PullImageRequest { image_ref: "x".into(), r#type: VM, ..Default::default() };
     assert_eq!(compute.pull_image(request).await.unwrap_err().code(), Code::Unimplemented);
 
     let delete = v1::DeleteInstanceRequest { instance_id: id.clone(), ..Default::default() };

@@ -313,6 +313,8 @@ fn instance_record(index: usize, nodes: usize) -> InstanceRecord {
         started_at: Some(SystemTime::now()),
         restart_count: 0,
         recovery_note: String::new(),
+        update_note: String::new(),
+        migration: None,
         revision: hv_store::Revision::default(),
     }
 }

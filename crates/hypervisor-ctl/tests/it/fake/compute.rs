@@ -304,6 +304,58 @@ impl ComputeService for Service {
         Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
     }
 
+    async fn update_instance(&self, _: Request<v1::UpdateInstanceRequest>) -> Answer<v1::Instance> {
+        Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
+    }
+
+    async fn create_instance_snapshot(
+        &self,
+        _: Request<v1::CreateInstanceSnapshotRequest>,
+    ) -> Answer<v1::Operation> {
+        Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
+    }
+
+    async fn list_instance_snapshots(
+        &self,
+        _: Request<v1::ListInstanceSnapshotsRequest>,
+    ) -> Answer<v1::ListInstanceSnapshotsResponse> {
+        Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
+    }
+
+    async fn delete_instance_snapshot(
+        &self,
+        _: Request<v1::DeleteInstanceSnapshotRequest>,
+    ) -> Answer<v1::Operation> {
+        Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
+    }
+
+    async fn revert_instance(&self, _: Request<v1::RevertInstanceRequest>) -> Answer<v1::Operation> {
+        Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
+    }
+
+    async fn migrate_instance(&self, _: Request<v1::MigrateInstanceRequest>) -> Answer<v1::Operation> {
+        Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
+    }
+
+    async fn get_image(&self, _: Request<v1::GetImageRequest>) -> Answer<v1::Image> {
+        Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
+    }
+
+    async fn delete_image(&self, _: Request<v1::DeleteImageRequest>) -> Answer<v1::DeleteImageResponse> {
+        Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
+    }
+
+    async fn collect_images(
+        &self,
+        _: Request<v1::CollectImagesRequest>,
+    ) -> Answer<v1::CollectImagesResponse> {
+        Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
+    }
+
+    async fn upload_image(&self, _: Request<Streaming<v1::UploadImageRequest>>) -> Answer<v1::Image> {
+        Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
+    }
+
     async fn list_images(&self, _: Request<v1::ListImagesRequest>) -> Answer<v1::ListImagesResponse> {
         let image = v1::Image {
             id: "tiny".into(),
