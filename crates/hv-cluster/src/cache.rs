@@ -36,7 +36,7 @@ use tracing::{debug, warn};
 
 pub use feed::{Batch, Delta, Subscription, SubscriptionError};
 pub use list::Chunk;
-pub use state::{Candidate, Lost, NodeEntry, State};
+pub use state::{Candidate, NodeEntry, State};
 pub use tally::Counts;
 
 use crate::error::Result;
@@ -174,7 +174,6 @@ impl Cache {
         // Nobody else changes the state meanwhile: it is this task that follows the store.
         let (deltas, backwards) = {
             let inner = self.inner.read();
-            state.remember(&inner.state);
             (inner.state.differences(&state), revision < inner.state.revision)
         };
         debug!(%revision, changes = deltas.len(), "the cache was filled");

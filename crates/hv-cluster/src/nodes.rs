@@ -18,7 +18,7 @@ use hv_proto::v1;
 use hv_store::record::Record;
 use hv_store::{Compare, Op, Txn, TxnOutcome};
 use hv_types::node::Schedulability;
-use hv_types::{NodeId, NodeRecord, NodeRole, NodeStatus, Resources, Revision, Selector};
+use hv_types::{NodeId, NodeRecord, NodeRole, NodeStatus, Revision, Selector};
 
 use crate::Cluster;
 use crate::cache::{NodeEntry, State};
@@ -249,13 +249,5 @@ impl Cluster {
             let shown = taken.iter().filter_map(|id| self.show(state, id)).collect();
             (shown, token, matching.len(), state.revision())
         }))
-    }
-
-    /// What all nodes have, and what instances were promised of it.
-    #[must_use]
-    pub fn totals(state: &State) -> (Resources, Resources) {
-        let capacity = state.nodes().map(|(record, _)| record.allocatable).sum();
-        let allocated = state.nodes().map(|(_, entry)| entry.allocated).sum();
-        (capacity, allocated)
     }
 }

@@ -14,10 +14,7 @@ use std::time::Instant;
 
 use hv_scheduler::{Ask, Fleet, Images, NEAR, NodeView, Strategy, fullness};
 use hv_types::placement::PlacementRules;
-use hv_types::{
-    Epoch, InstanceId, InstanceRecord, InstanceSpec, InstanceState, InstanceType, NodeId, Resources,
-    Revision, Selector, Wanted,
-};
+use hv_types::{InstanceId, InstanceRecord, InstanceSpec, InstanceType, NodeId, Resources, Selector};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -68,33 +65,14 @@ fn id(name: &str) -> NodeId {
 
 fn record(index: usize, spec: Arc<InstanceSpec>, placement: Arc<PlacementRules>) -> InstanceRecord {
     InstanceRecord {
-        id: InstanceId::generate(),
-        name: format!("instance-{index}"),
         project: format!("project-{}", index % 50),
-        instance_type: InstanceType::Vm,
-        spec,
-        metadata: Arc::default(),
         placement,
-        restart_policy: Default::default(),
-        failover_policy: Default::default(),
-        set: String::new(),
-        wanted: Wanted::Running,
-        generation: 1,
-        restart_generation: 0,
-        stop: Default::default(),
-        binding: None,
-        epoch: Epoch::default(),
-        state: InstanceState::Pending,
-        state_reason: String::new(),
-        observed_generation: 0,
-        ip_address: String::new(),
-        created_at: std::time::UNIX_EPOCH,
-        started_at: None,
-        restart_count: 0,
-        recovery_note: String::new(),
-        update_note: String::new(),
-        migration: None,
-        revision: Revision::default(),
+        ..InstanceRecord::pending(
+            InstanceId::generate(),
+            &format!("instance-{index}"),
+            InstanceType::Vm,
+            spec,
+        )
     }
 }
 

@@ -151,7 +151,7 @@ pub(crate) fn explain<'a>(
             examples[rule as usize].push(node.hostname.to_owned());
         }
         if let Some(rule) = node.verdict.only() {
-            alone[rule as usize].see(amount(rule, node.free));
+            alone[rule as usize].see(amount(rule, node.free).map_or(0, |(_, free)| free.full));
         }
     }
     let rejected = rejections.counts().map(|(rule, nodes)| Rejected {
@@ -195,13 +195,16 @@ impl Alone {
     }
 }
 
-/// How much a node has of what the rule is about, in the unit that people are told.
-fn amount(rule: Rule, of: Resources) -> u64 {
-    match rule {
-        Rule::Cpu => of.cpu_cores.into(),
-        Rule::Memory => of.memory_bytes / MIB,
-        Rule::Disk => of.disk_bytes / MIB,
-        Rule::Gpu => of.gpu_count.into(),
+/// What a rule about an amount is about, and how much of it there is, in the unit that people are told: in full units of
+/// it for what there is, in begun ones for what is asked for. `None` for a rule about something else.
+fn amount(rule: Rule, of: Resources) -> Option<(&'static str, Range)> {
+    let mib = |bytes: u64| Range { full: bytes / MIB, begun: bytes.div_ceil(MIB) };
+    let whole = |count: u32| Range { full: count.into(), begun: count.into() };
+    Some(match rule {
+        Rule::Cpu => ("free cores", whole(of.cpu_cores)),
+        Rule::Memory => ("MiB of free memory", mib(of.memory_bytes)),
+        Rule::Disk => ("MiB of free disk", mib(of.disk_bytes)),
+        Rule::Gpu => ("free accelerators", whole(of.gpu_count)),
         Rule::PreferredNode
         | Rule::NotReady
         | Rule::Cordoned
@@ -213,8 +216,14 @@ fn amount(rule: Rule, of: Resources) -> u64 {
         | Rule::Image
         | Rule::Affinity
         | Rule::AntiAffinity
-        | Rule::Spread => 0,
-    }
+        | Rule::Spread => return None,
+    })
+}
+
+/// An amount, rounded down and up.
+struct Range {
+    full: u64,
+    begun: u64,
 }
 
 /// What would help: first the rules that alone keep nodes away, those of the most nodes first; then, if there is none,
@@ -240,33 +249,13 @@ fn remedies(ask: &Ask, rejections: &Rejections, alone: &[Alone; Rule::ALL.len()]
 }
 
 fn promise(ask: &Ask, rule: Rule, alone: &Alone) -> String {
-    let (most, with) = (alone.most, count(alone.with_most));
-    let verb = if alone.with_most == 1 { "has" } else { "have" };
-    let need = ask.resources();
-    let lack = match rule {
-        Rule::Cpu => format!("{with} {verb} {most} free cores, it asks for {}", need.cpu_cores),
-        Rule::Memory => {
-            format!(
-                "{with} {verb} {most} MiB of free memory, it asks for {}",
-                need.memory_bytes.div_ceil(MIB)
-            )
+    let lack = match amount(rule, ask.resources()) {
+        Some((what, need)) => {
+            let (most, with) = (alone.most, count(alone.with_most));
+            let verb = if alone.with_most == 1 { "has" } else { "have" };
+            format!("{with} {verb} {most} {what}, it asks for {}", need.begun)
         }
-        Rule::Disk => {
-            format!("{with} {verb} {most} MiB of free disk, it asks for {}", need.disk_bytes.div_ceil(MIB))
-        }
-        Rule::Gpu => format!("{with} {verb} {most} free accelerators, it asks for {}", need.gpu_count),
-        Rule::PreferredNode
-        | Rule::NotReady
-        | Rule::Cordoned
-        | Rule::InstanceType
-        | Rule::Region
-        | Rule::Zone
-        | Rule::Labels
-        | Rule::Taint
-        | Rule::Image
-        | Rule::Affinity
-        | Rule::AntiAffinity
-        | Rule::Spread => {
+        None => {
             let verb = if alone.nodes == 1 { "is" } else { "are" };
             format!("{} {verb} rejected only as {}", count(alone.nodes), rule.phrase(ask))
         }

@@ -1,12 +1,11 @@
 //! The layout of the key space. Nothing else spells a key.
 
 use bytes::Bytes;
+
 use hv_types::{InstanceId, NodeId, RequestKey};
 
 /// Where everything lies unless the operator says otherwise.
 pub const DEFAULT_PREFIX: &str = "/hypervisor";
-/// The project of everything that names none.
-pub const DEFAULT_PROJECT: &str = "default";
 
 /// Makes keys under one prefix.
 #[derive(Clone, Debug)]

@@ -22,6 +22,9 @@ pub mod spec;
 
 pub use spec::{DiskSpec, Firmware, HealthCheck, InstanceSpec, NetworkSpec, ResourceLimits, VolumeMount};
 
+/// The project of everything that names none.
+pub const DEFAULT_PROJECT: &str = "default";
+
 /// What kind of workload it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -445,6 +448,40 @@ pub struct InstanceRecord {
 }
 
 impl InstanceRecord {
+    /// An instance of the default project that nobody has placed yet, to run, with the default policies.
+    #[must_use]
+    pub fn pending(id: InstanceId, name: &str, instance_type: InstanceType, spec: Arc<InstanceSpec>) -> Self {
+        Self {
+            id,
+            name: name.to_owned(),
+            project: DEFAULT_PROJECT.to_owned(),
+            instance_type,
+            spec,
+            metadata: Arc::default(),
+            placement: Arc::default(),
+            restart_policy: RestartPolicy::default(),
+            failover_policy: FailoverPolicy::default(),
+            set: String::new(),
+            wanted: Wanted::Running,
+            generation: 1,
+            restart_generation: 0,
+            stop: StopOptions::default(),
+            binding: None,
+            epoch: Epoch::default(),
+            state: InstanceState::Pending,
+            state_reason: "waits for a node".to_owned(),
+            observed_generation: 0,
+            ip_address: String::new(),
+            created_at: SystemTime::now(),
+            started_at: None,
+            restart_count: 0,
+            recovery_note: String::new(),
+            update_note: String::new(),
+            migration: None,
+            revision: Revision::default(),
+        }
+    }
+
     /// What it takes on its node.
     #[must_use]
     pub fn resources(&self) -> Resources {

@@ -9,7 +9,7 @@ use hv_store::{KeyValue, LeaseId, Result};
 use hv_types::{Event, InstanceRecord, InstanceState, NodeId, NodeRecord, OperationRecord, Revision};
 
 use super::feed::Delta;
-use super::state::{Lost, NodeEntry, State};
+use super::state::{NodeEntry, State};
 
 /// A record as read, not yet taken over. To read it needs no state, so nobody waits meanwhile.
 pub(super) enum Decoded {
@@ -215,19 +215,13 @@ impl State {
         self.change_node(&id.clone(), |entry| {
             let before = entry.seen();
             entry.record = Some(Arc::new(record));
-            if entry.lease.is_none() && entry.lost.is_none() {
-                entry.lost = Some(Lost::now());
-            }
             Delta::Node { id, before, after: entry.seen() }
         })
     }
 
     fn delete_node(&mut self, id: &str) -> Option<Delta> {
         let id = self.nodes.get_key_value(id).map(|(id, _)| id.clone())?;
-        let (before, record) = self.change_node(&id, |entry| {
-            entry.lost = None;
-            (entry.seen(), entry.record.take())
-        });
+        let (before, record) = self.change_node(&id, |entry| (entry.seen(), entry.record.take()));
         self.drop_if_empty(Some(&id));
         record?;
         Some(Delta::Node { id, before, after: None })
@@ -246,11 +240,6 @@ impl State {
         let (before, after) = self.change_node(&id, |entry| {
             let before = entry.seen();
             entry.lease = lease;
-            if is_live {
-                entry.lost = None;
-            } else if was_live && entry.record.is_some() {
-                entry.lost = Some(Lost::now());
-            }
             (before, entry.seen())
         });
         if was_live == is_live {
@@ -268,16 +257,6 @@ impl State {
         }
         self.drop_if_empty(Some(&id));
         deltas
-    }
-
-    /// Takes over what is known only by having been there: since when nodes are lost.
-    pub(super) fn remember(&mut self, before: &Self) {
-        for (id, entry) in &mut self.nodes {
-            if let (Some(lost), Some(old)) = (&mut entry.lost, before.nodes.get(id).and_then(|old| old.lost))
-            {
-                *lost = old;
-            }
-        }
     }
 }
 

@@ -151,7 +151,6 @@ pub(super) struct Index {
     pub(super) states: [BTreeSet<InstanceId>; InstanceState::ALL.len()],
     labels: HashMap<u64, Ids>,
     hasher: RandomState,
-    sets: HashMap<(String, String), BTreeSet<InstanceId>>,
 }
 
 impl Index {
@@ -162,11 +161,6 @@ impl Index {
     /// Candidates with a label.
     pub(super) fn with_label(&self, key: &str, value: &str) -> Option<&Ids> {
         self.labels.get(&self.label(key, value))
-    }
-
-    /// The members of a set.
-    pub(super) fn members(&self, project: &str, set: &str) -> Option<&BTreeSet<InstanceId>> {
-        self.sets.get(&(project.to_owned(), set.to_owned()))
     }
 
     pub(super) fn insert(&mut self, record: &Arc<InstanceRecord>, shown: InstanceState) {
@@ -185,10 +179,6 @@ impl Index {
                 .and_modify(|ids| ids.insert(id.clone()))
                 .or_insert_with(|| Ids::One(id.clone()));
         }
-        if !record.set.is_empty() {
-            let set = (record.project.clone(), record.set.clone());
-            self.sets.entry(set).or_default().insert(id.clone());
-        }
     }
 
     pub(super) fn remove(&mut self, record: &InstanceRecord, shown: InstanceState) {
@@ -205,15 +195,6 @@ impl Index {
             let label = self.label(key, value);
             if self.labels.get_mut(&label).is_some_and(|ids| ids.remove(id)) {
                 self.labels.remove(&label);
-            }
-        }
-        if !record.set.is_empty() {
-            let set = (record.project.clone(), record.set.clone());
-            if let Some(ids) = self.sets.get_mut(&set) {
-                ids.remove(id);
-                if ids.is_empty() {
-                    self.sets.remove(&set);
-                }
             }
         }
     }

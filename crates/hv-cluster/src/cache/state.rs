@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use hv_proto::store::ClusterRecord;
 use hv_store::LeaseId;
@@ -11,7 +10,6 @@ use hv_types::{
     ClusterId, Event, InstanceId, InstanceRecord, InstanceSpec, InstanceState, Metadata, NodeId, NodeRecord,
     NodeStatus, OperationRecord, PlacementRules, Resources, Revision, Wanted,
 };
-use tokio::time::Instant;
 
 use super::index::Index;
 use super::intern::Interner;
@@ -30,23 +28,6 @@ pub struct NodeEntry {
     pub instances: BTreeSet<InstanceId>,
     /// What they were promised together.
     pub allocated: Resources,
-    /// Since when its lease is gone, if it has a record and no lease.
-    pub lost: Option<Lost>,
-}
-
-/// When this cache saw that a node's lease is gone. It may have ended before, while the cache was not there to see.
-#[derive(Clone, Copy, Debug)]
-pub struct Lost {
-    /// To count by.
-    pub at: Instant,
-    /// To show.
-    pub wall: SystemTime,
-}
-
-impl Lost {
-    pub(super) fn now() -> Self {
-        Self { at: Instant::now(), wall: SystemTime::now() }
-    }
 }
 
 impl NodeEntry {
@@ -185,22 +166,6 @@ impl State {
     #[must_use]
     pub fn has_set(&self, project: &str, name: &str) -> bool {
         self.sets.contains(&(project.to_owned(), name.to_owned()))
-    }
-
-    /// The members that a set has now.
-    pub fn members_of_set<'a>(
-        &'a self,
-        project: &str,
-        set: &str,
-    ) -> impl Iterator<Item = &'a Arc<InstanceRecord>> {
-        let ids = self.index.members(project, set);
-        ids.into_iter().flatten().filter_map(|id| self.instances.get(id))
-    }
-
-    /// When this cache saw that a node's lease is gone; `None` while it has one, and for a node without a record.
-    #[must_use]
-    pub fn lost_since(&self, node: &NodeId) -> Option<Lost> {
-        self.node(node).and_then(|entry| entry.lost)
     }
 
     /// What the fleet comes to; it costs nothing to ask.

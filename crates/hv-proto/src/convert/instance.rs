@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use hv_types::instance::{Binding, FailoverPolicy, HealthCheck, Migration, StopOptions};
+use hv_types::instance::{Binding, DEFAULT_PROJECT, FailoverPolicy, HealthCheck, Migration, StopOptions};
 use hv_types::{
     DiskSpec, Epoch, InstanceId, InstanceRecord, InstanceSpec, InstanceState, InstanceType, Invalid,
     Metadata, NetworkSpec, PlacementRules, ResourceLimits, Revision, VolumeMount, Wanted, validate,
@@ -17,9 +17,6 @@ use super::placement::{
 };
 use super::{RECORD_SCHEMA, RecordError, check_schema};
 use crate::{store, v1};
-
-/// The project of everything that names none.
-const DEFAULT_PROJECT: &str = "default";
 
 /// A type as the wire carries it.
 #[must_use]
@@ -277,11 +274,7 @@ pub fn create_request_from(request: v1::CreateInstanceRequest) -> Result<Instanc
     let spec = request.spec.ok_or_else(|| Invalid::new("spec", "", "must be given"))?;
     let preferred = request.preferred_node_id;
     let record = InstanceRecord {
-        id: InstanceId::generate(),
-        name: request.name,
         project: project_from(request.project)?,
-        instance_type,
-        spec: Arc::new(spec_from(spec)?),
         metadata: Arc::new(metadata_from(request.metadata)),
         placement: Arc::new(PlacementRules {
             preferred_node: (!preferred.is_empty()).then(|| preferred.parse()).transpose()?,
@@ -293,24 +286,12 @@ pub fn create_request_from(request: v1::CreateInstanceRequest) -> Result<Instanc
         }),
         restart_policy: restart_policy_from(request.restart_policy)?,
         failover_policy: failover_policy_from(request.failover_policy)?,
-        set: String::new(),
-        wanted: Wanted::Running,
-        generation: 1,
-        restart_generation: 0,
-        stop: StopOptions::default(),
-        binding: None,
-        epoch: Epoch::default(),
-        state: InstanceState::Pending,
-        state_reason: "waits for a node".into(),
-        observed_generation: 0,
-        ip_address: String::new(),
-        created_at: std::time::SystemTime::now(),
-        started_at: None,
-        restart_count: 0,
-        recovery_note: String::new(),
-        update_note: String::new(),
-        migration: None,
-        revision: Revision::default(),
+        ..InstanceRecord::pending(
+            InstanceId::generate(),
+            &request.name,
+            instance_type,
+            Arc::new(spec_from(spec)?),
+        )
     };
     record.validate()?;
     Ok(record)

@@ -6,8 +6,7 @@ use hv_scheduler::{Ask, Images, NodeView};
 use hv_types::placement::{AffinityRule, Peers, PlacementRules, SpreadRule, Topology};
 use hv_types::resources::MIB;
 use hv_types::{
-    Epoch, InstanceId, InstanceRecord, InstanceSpec, InstanceState, InstanceType, Labels, Metadata, NodeId,
-    Resources, Revision, Selector, Wanted,
+    InstanceId, InstanceRecord, InstanceSpec, InstanceType, Labels, Metadata, NodeId, Resources, Selector,
 };
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -62,33 +61,9 @@ pub(crate) fn instance(name: &str, cores: u32, memory_mib: u64) -> InstanceRecor
         ..InstanceSpec::default()
     };
     InstanceRecord {
-        id: instance_id(name),
-        name: name.into(),
         project: "p".into(),
-        instance_type: InstanceType::Vm,
-        spec: Arc::new(spec),
-        metadata: Arc::default(),
-        placement: Arc::default(),
-        restart_policy: Default::default(),
-        failover_policy: Default::default(),
-        set: String::new(),
-        wanted: Wanted::Running,
-        generation: 1,
-        restart_generation: 0,
-        stop: Default::default(),
-        binding: None,
-        epoch: Epoch::default(),
-        state: InstanceState::Pending,
-        state_reason: String::new(),
-        observed_generation: 0,
-        ip_address: String::new(),
         created_at: std::time::UNIX_EPOCH,
-        started_at: None,
-        restart_count: 0,
-        recovery_note: String::new(),
-        update_note: String::new(),
-        migration: None,
-        revision: Revision::default(),
+        ..InstanceRecord::pending(instance_id(name), name, InstanceType::Vm, Arc::new(spec))
     }
 }
 

@@ -334,7 +334,8 @@ impl InstanceSpec {
         }
         let is_id = |id: &str| id.parse::<u32>().is_ok();
         let (uid, gid) = self.user.split_once(':').unwrap_or((&self.user, "0"));
-        if !self.user.is_empty() && !(is_id(uid) && is_id(gid)) {
+        let is_user = self.user.is_empty() || (is_id(uid) && is_id(gid));
+        if !is_user {
             return Err(Invalid::new("spec.user", &self.user, "must be `uid` or `uid:gid` in numbers"));
         }
         validate::text("spec.working_dir", &self.working_dir, 4096)?;

@@ -1,6 +1,7 @@
 //! `apply`: plans everything first, then carries it out document by document.
 
 use hv_proto::v1;
+use hv_types::instance::DEFAULT_PROJECT;
 use serde::Serialize;
 use tokio::time::Instant;
 
@@ -17,8 +18,6 @@ use crate::wait::{Goal, Wait, deadline};
 
 /// How often an update is compared anew because somebody else changed the instance meanwhile.
 const MAX_CONFLICTS: u32 = 5;
-/// The project of documents that name none.
-const DEFAULT_PROJECT: &str = "default";
 
 /// What became of a document.
 #[derive(Debug, Serialize)]

@@ -145,12 +145,18 @@ async fn page(context: &Context, args: &NameArgs) -> Result<u8, CtlError> {
     Ok(exit_code::OK)
 }
 
+/// The nodes of these names: all of them, before anything is asked of the first.
+async fn named(context: &Context, names: &[String]) -> Result<Vec<v1::Node>, CtlError> {
+    let mut nodes = Vec::new();
+    for name in names {
+        nodes.push(reference::node(&context.server, name).await?);
+    }
+    Ok(nodes)
+}
+
 async fn cordon(context: &Context, args: &NodeNamesArgs, on: bool) -> Result<u8, CtlError> {
     let server = &context.server;
-    let mut targets = Vec::new();
-    for name in &args.names {
-        targets.push(reference::node(server, name).await?);
-    }
+    let targets = named(context, &args.names).await?;
     let mut keys = RequestKeys::new(&args.key);
     let mut done = Vec::new();
     for target in targets {
@@ -230,10 +236,7 @@ async fn update(context: &Context, args: &NodeUpdateArgs) -> Result<u8, CtlError
 
 async fn hold_failover(context: &Context, args: &NodeNamesArgs, held: bool) -> Result<u8, CtlError> {
     let server = &context.server;
-    let mut targets = Vec::new();
-    for name in &args.names {
-        targets.push(reference::node(server, name).await?);
-    }
+    let targets = named(context, &args.names).await?;
     let mut keys = RequestKeys::new(&args.key);
     let mut done = Vec::new();
     for target in targets {

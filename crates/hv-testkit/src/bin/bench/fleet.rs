@@ -11,7 +11,7 @@ use hv_proto::convert::RECORD_SCHEMA;
 use hv_proto::store::NodeLease;
 use hv_proto::v1;
 use hv_store::embedded::{EmbeddedOptions, EmbeddedStore};
-use hv_store::keys::{DEFAULT_PROJECT, Keys};
+use hv_store::keys::Keys;
 use hv_store::record::{Record as _, encode_message};
 use hv_store::{Op, Store, Txn};
 use hv_testkit::{Cluster, ClusterOptions, StoreKind, Usage};
@@ -289,32 +289,18 @@ fn instance_record(index: usize, nodes: usize) -> InstanceRecord {
     };
     let node: NodeId = node_id(index % nodes.max(1)).parse().expect("a valid id");
     InstanceRecord {
-        id: InstanceId::generate(),
-        name: format!("seed-{index:07}-vm"),
-        project: DEFAULT_PROJECT.into(),
-        instance_type: InstanceType::Vm,
-        spec: Arc::new(spec),
-        metadata: Default::default(),
-        placement: Default::default(),
-        restart_policy: Default::default(),
-        failover_policy: Default::default(),
-        set: String::new(),
-        wanted: hv_types::Wanted::Running,
-        generation: 1,
-        restart_generation: 0,
-        stop: Default::default(),
         binding: Some(hv_types::instance::Binding { node_id: node, release: false }),
         epoch: hv_types::Epoch(1),
         state: InstanceState::Running,
         state_reason: String::new(),
         observed_generation: 1,
         ip_address: format!("10.{}.{}.{}", index >> 16 & 255, index >> 8 & 255, index & 255),
-        created_at: SystemTime::now(),
         started_at: Some(SystemTime::now()),
-        restart_count: 0,
-        recovery_note: String::new(),
-        update_note: String::new(),
-        migration: None,
-        revision: hv_store::Revision::default(),
+        ..InstanceRecord::pending(
+            InstanceId::generate(),
+            &format!("seed-{index:07}-vm"),
+            InstanceType::Vm,
+            Arc::new(spec),
+        )
     }
 }
