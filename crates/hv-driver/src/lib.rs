@@ -214,11 +214,13 @@ pub enum Capability {
     Limits,
     /// Directories of the node mounted in it.
     Volumes,
+    /// Images of the node's image store: [`InstanceConfig::image`].
+    FetchedImages,
 }
 
 impl Capability {
     /// Every capability.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::Pause,
         Self::Console,
         Self::Logs,
@@ -238,6 +240,7 @@ impl Capability {
         Self::Rescue,
         Self::Limits,
         Self::Volumes,
+        Self::FetchedImages,
     ];
 
     /// As the API spells it.
@@ -263,6 +266,7 @@ impl Capability {
             Self::Rescue => "rescue",
             Self::Limits => "limits",
             Self::Volumes => "volumes",
+            Self::FetchedImages => hv_types::DriverInfo::FETCHED_IMAGES,
         }
     }
 }

@@ -268,7 +268,7 @@ fn count(nodes: usize) -> String {
 }
 
 fn scored(node: Judged<'_>, ask: &Ask, strategy: Strategy) -> Scored {
-    let Score { fullness, preferences_met, preferences, soft_taints } = node.score;
+    let Score { fullness, preferences_met, preferences, soft_taints, must_fetch } = node.score;
     let liked = match strategy {
         Strategy::BinPack => "the fullest is preferred",
         Strategy::Spread => "the emptiest is preferred",
@@ -279,6 +279,9 @@ fn scored(node: Judged<'_>, ask: &Ask, strategy: Strategy) -> Scored {
     }
     if soft_taints > 0 {
         message.push_str(&format!(", has {soft_taints} soft taints that it does not tolerate"));
+    }
+    if must_fetch {
+        message.push_str(", must fetch the image first");
     }
     let left = node.free.minus(ask.resources());
     let memory = left.memory_bytes / MIB;

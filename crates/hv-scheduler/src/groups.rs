@@ -10,6 +10,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use hv_types::image::is_reference;
 use hv_types::placement::{PlacementRules, Taint};
 use hv_types::{InstanceType, Labels, Resources};
 
@@ -18,6 +19,7 @@ use crate::explanation::Verdict;
 use crate::lattice::Lattice;
 use crate::node::NodeView;
 use crate::rejection::Rule;
+use crate::score::Score;
 
 /// Stands where no group is: the node is not in the fleet, only something that is bound to it.
 pub(crate) const NO_GROUP: u32 = u32::MAX;
@@ -33,6 +35,7 @@ pub(crate) struct Class {
     open: bool,
     types: Vec<InstanceType>,
     any_image: Vec<InstanceType>,
+    fetches: Vec<InstanceType>,
     images: Arc<Vec<(InstanceType, String)>>,
     region: String,
     zone: String,
@@ -58,6 +61,7 @@ impl Class {
             open: node.open,
             types: sorted(node.types),
             any_image: sorted(node.images.any),
+            fetches: sorted(node.images.fetched),
             images: images.into(),
             region: node.region,
             zone: node.zone,
@@ -88,7 +92,11 @@ impl Class {
             .with(Rule::Taint, self.taints.iter().any(|taint| taint.hard && !tolerated(taint)))
             .with(Rule::Image, !self.has_image(instance_type, ask.image()));
         let soft = self.taints.iter().filter(|taint| !taint.hard && !tolerated(taint)).count();
-        Fixed { verdict, soft_taints: u16::try_from(soft).unwrap_or(u16::MAX) }
+        Fixed {
+            verdict,
+            soft_taints: u16::try_from(soft).unwrap_or(u16::MAX),
+            must_fetch: !self.starts_at_once(instance_type, ask.image()),
+        }
     }
 
     fn has_labels(&self, rules: &PlacementRules) -> bool {
@@ -99,7 +107,13 @@ impl Class {
         })
     }
 
+    /// Whether it can start from the image, be it after it fetched it.
     fn has_image(&self, instance_type: InstanceType, image: &str) -> bool {
+        let is_fetched = is_reference(image) && self.fetches.contains(&instance_type);
+        is_fetched || self.starts_at_once(instance_type, image)
+    }
+
+    fn starts_at_once(&self, instance_type: InstanceType, image: &str) -> bool {
         let local = |(of, name): &(InstanceType, String)| (*of, name.as_str()).cmp(&(instance_type, image));
         image.is_empty()
             || self.any_image.contains(&instance_type)
@@ -113,6 +127,15 @@ pub(crate) struct Fixed {
     pub(crate) verdict: Verdict,
     /// Soft taints that are not tolerated.
     pub(crate) soft_taints: u16,
+    /// Whether its nodes would have to fetch the image.
+    pub(crate) must_fetch: bool,
+}
+
+impl Fixed {
+    /// What all nodes of the group have in common.
+    pub(crate) fn score(self) -> Score {
+        Score { soft_taints: u32::from(self.soft_taints), must_fetch: self.must_fetch, ..Score::default() }
+    }
 }
 
 /// All nodes of one class.

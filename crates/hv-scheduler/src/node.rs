@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use hv_types::image::is_reference;
 use hv_types::node::Schedulability;
 use hv_types::placement::Taint;
 use hv_types::{InstanceType, Labels, NodeId, NodeRecord, Resources};
@@ -38,6 +39,8 @@ pub struct NodeView {
 pub struct Images {
     /// Types that can start any image.
     pub any: Vec<InstanceType>,
+    /// Types whose images it fetches by itself where a reference says where from.
+    pub fetched: Vec<InstanceType>,
     /// Images by type and name.
     pub local: HashSet<(InstanceType, String)>,
 }
@@ -48,6 +51,7 @@ impl Images {
     pub fn has(&self, instance_type: InstanceType, image: &str) -> bool {
         image.is_empty()
             || self.any.contains(&instance_type)
+            || (is_reference(image) && self.fetched.contains(&instance_type))
             || self.local.contains(&(instance_type, image.to_owned()))
     }
 }
@@ -60,13 +64,20 @@ impl NodeView {
         let any = |t: &InstanceType| {
             record.drivers.iter().any(|driver| driver.instance_type == *t && !driver.images_are_local)
         };
+        let fetches = |t: &InstanceType| {
+            record.drivers.iter().any(|driver| driver.instance_type == *t && driver.takes_fetched_images())
+        };
         let local = record.images.iter().map(|image| (image.instance_type, image.name.clone())).collect();
         Self {
             id: record.id.clone(),
             hostname: record.hostname.clone(),
             live,
             open: record.schedulability == Schedulability::Open,
-            images: Images { any: types.iter().copied().filter(any).collect(), local },
+            images: Images {
+                any: types.iter().copied().filter(any).collect(),
+                fetched: types.iter().copied().filter(fetches).collect(),
+                local,
+            },
             types,
             region: record.region.clone(),
             zone: record.zone.clone(),

@@ -2,8 +2,8 @@
 //!
 //! # Theory of operation
 //! Of the nodes that fit, those with the fewest soft taints come first, then those that meet the most preferences, then
-//! those that the [`Strategy`] likes. One number says so: a preference weighs more than any fullness
-//! can, a soft taint more than all preferences together.
+//! those that the [`Strategy`] likes, where having the image counts for something. One number says so: a preference weighs
+//! more than fullness and image together can, a soft taint more than all preferences together.
 
 use hv_types::Resources;
 
@@ -16,6 +16,10 @@ pub const PREFERENCE: f64 = 2.0;
 /// What a soft taint that is not tolerated takes: more than all preferences, at most 32, can make up for.
 pub const SOFT_TAINT: f64 = 100.0;
 
+/// What it takes that the image must be fetched first: as much as half a node's fullness, so that images stay where they are
+/// used and yet a full node is not filled further for the sake of a download.
+pub(crate) const FETCH: f64 = 0.5;
+
 /// What speaks for a node, and against it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Score {
@@ -27,6 +31,8 @@ pub struct Score {
     pub preferences: u32,
     /// How many of its soft taints are not tolerated.
     pub soft_taints: u32,
+    /// Whether it would have to fetch the image first.
+    pub must_fetch: bool,
 }
 
 impl Score {
@@ -37,7 +43,10 @@ impl Score {
             Strategy::BinPack => self.fullness,
             Strategy::Spread => -self.fullness,
         };
-        fullness + PREFERENCE * f64::from(self.preferences_met) - SOFT_TAINT * f64::from(self.soft_taints)
+        let fetch = if self.must_fetch { FETCH } else { 0.0 };
+        fullness + PREFERENCE * f64::from(self.preferences_met)
+            - SOFT_TAINT * f64::from(self.soft_taints)
+            - fetch
     }
 }
 

@@ -110,13 +110,13 @@ impl View<'_> {
     pub(crate) fn group_score(&self, group: u32) -> Option<Score> {
         let of = &self.columns.groups.slots[group as usize];
         let place = crate::counts::Place { node: u32::MAX, zone: of.zone, region: of.region };
-        let soft_taints = u32::from(self.fixed[group as usize].soft_taints);
+        let common = self.fixed[group as usize].score();
         if self.rules.is_empty() {
-            return Some(Score { soft_taints, ..Score::default() });
+            return Some(common);
         }
         let fits = self.rules.verdict(Scope::Group, place).fits();
         let preferences_met = self.rules.preferences_met(Scope::Group, place);
-        fits.then(|| Score { soft_taints, preferences_met, ..Score::default() })
+        fits.then_some(Score { preferences_met, ..common })
     }
 
     /// What speaks for a node of the fleet.
@@ -128,7 +128,7 @@ impl View<'_> {
             fullness: fullness(schedulable, self.columns.free[node as usize], self.ask.resources()),
             preferences_met: place.map_or(0, |place| self.rules.preferences_met(Scope::Both, place)),
             preferences: self.rules.preferences(),
-            soft_taints: u32::from(self.fixed[group].soft_taints),
+            ..self.fixed[group].score()
         }
     }
 

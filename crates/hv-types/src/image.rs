@@ -31,6 +31,13 @@ pub struct ImageInfo {
     pub form: String,
 }
 
+/// Whether a node can fetch the image by itself: `oci://…`, `https://…`, `file://…`. Anything else is the name of an image
+/// that must be there.
+#[must_use]
+pub fn is_reference(image: &str) -> bool {
+    image.contains("://")
+}
+
 impl ImageInfo {
     /// A file that somebody put into the node's image directory: nothing more is known of it.
     #[must_use]

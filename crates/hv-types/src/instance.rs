@@ -376,7 +376,8 @@ pub struct Binding {
     pub release: bool,
 }
 
-/// A move to another node while the instance runs. Its resources count on both nodes.
+/// A move to another node while the instance runs. Its resources count on both nodes. Once it is bound to the target it
+/// arrives there: it goes on from what was handed over, and this stays until it does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Migration {
     /// Where to.
@@ -480,6 +481,19 @@ impl InstanceRecord {
             migration: None,
             revision: Revision::default(),
         }
+    }
+
+    /// The migration by which it comes to the node that it is bound to, until it has arrived there.
+    #[must_use]
+    pub fn arrives_by(&self) -> Option<&Migration> {
+        self.migration.as_deref().filter(|migration| self.node_id() == Some(&migration.target))
+    }
+
+    /// The node that it is moved to while it runs, where it takes room beside its own.
+    #[must_use]
+    pub fn moves_to(&self) -> Option<&NodeId> {
+        let target = self.migration.as_deref().map(|migration| &migration.target);
+        target.filter(|target| self.node_id() != Some(*target))
     }
 
     /// What it takes on its node.

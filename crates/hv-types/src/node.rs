@@ -97,6 +97,17 @@ pub struct DriverInfo {
     pub images_are_local: bool,
 }
 
+impl DriverInfo {
+    /// Among the capabilities: instances start from images that the node's image store fetches.
+    pub const FETCHED_IMAGES: &str = "fetched_images";
+
+    /// Whether its instances start from images that the node fetches by itself.
+    #[must_use]
+    pub fn takes_fetched_images(&self) -> bool {
+        self.capabilities.iter().any(|capability| capability == Self::FETCHED_IMAGES)
+    }
+}
+
 /// Whether a node would stop its instances by itself if it were cut off.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Fencing {

@@ -67,17 +67,20 @@ impl fmt::Display for OperationState {
 pub enum OperationKind {
     /// A node is emptied.
     DrainNode,
+    /// An instance moves to another node while it runs.
+    MigrateInstance,
 }
 
 impl OperationKind {
     /// Every kind.
-    pub const ALL: [Self; 1] = [Self::DrainNode];
+    pub const ALL: [Self; 2] = [Self::DrainNode, Self::MigrateInstance];
 
     /// As the wire and people spell it.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::DrainNode => "drain-node",
+            Self::MigrateInstance => "migrate-instance",
         }
     }
 }

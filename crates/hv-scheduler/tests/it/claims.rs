@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use hv_scheduler::{Ask, Fleet, NEAR, NodeView, Rule, Strategy as Ranking, fullness, order};
+use hv_scheduler::{Ask, Fleet, Images, NEAR, NodeView, Rule, Strategy as Ranking, fullness, order};
 use hv_types::placement::{PlacementRules, Taint, Toleration};
-use hv_types::{InstanceRecord, Resources};
+use hv_types::{InstanceRecord, InstanceType, Resources};
 use proptest::prelude::*;
 
 use crate::world::{amount, ask, instance, instance_id, labels, node, node_id, rng, selector, with_priority};
@@ -50,6 +50,29 @@ fn each_rule_rejects_and_is_counted_once() {
         let disk = hv_types::DiskSpec { size_bytes: 1, ..Default::default() };
         Arc::make_mut(&mut i.spec).disks.push(disk);
     });
+}
+
+#[test]
+fn an_image_that_can_be_fetched_rejects_nobody_and_yet_is_preferred_where_it_is() {
+    let reference = "oci://registry/tiny:1";
+    let fetching = |name: &str| {
+        let mut view = node(name, 8, 1024);
+        view.images = Images { fetched: vec![InstanceType::Vm], ..Images::default() };
+        view
+    };
+    let mut wanted = instance("i", 1, 64);
+    Arc::make_mut(&mut wanted.spec).image = reference.into();
+    let ask = Ask::of(&wanted);
+    let mut having = fetching("n2");
+    having.images.local.insert((InstanceType::Vm, reference.into()));
+    let mut nodes = fleet([fetching("n1"), having, fetching("n3")]);
+    for _ in 0..20 {
+        assert_eq!(nodes.place(&ask, Ranking::Spread, &mut rng()).unwrap().node, node_id("n2"));
+    }
+    assert!(fleet([fetching("n1")]).place(&ask, Ranking::Spread, &mut rng()).is_ok());
+    // A name is no reference: nobody knows where from.
+    Arc::make_mut(&mut wanted.spec).image = "tiny".into();
+    assert!(fleet([fetching("n1")]).place(&Ask::of(&wanted), Ranking::Spread, &mut rng()).is_err());
 }
 
 fn taint(key: &str, hard: bool) -> Taint {

@@ -22,6 +22,9 @@ enum Change {
     Place(Box<Ask>, Ranking),
 }
 
+/// An image that some nodes have and some would fetch.
+const FETCHED: &str = "oci://registry/tiny:1";
+
 const NODES: usize = 7;
 const INSTANCES: usize = 24;
 
@@ -72,8 +75,7 @@ fn some_node() -> impl Strategy<Value = NodeView> {
         prop_oneof![Just(0u64), Just(100)],
         0u32..3,
     );
-    let flags =
-        (prop::bool::weighted(0.85), prop::bool::weighted(0.85), prop::bool::weighted(0.9), any::<bool>());
+    let flags = (prop::bool::weighted(0.85), prop::bool::weighted(0.85), prop::bool::weighted(0.9), 0u8..4);
     (0..NODES, place, taints, size, flags).prop_map(|(index, (zone, region, own), taints, size, flags)| {
         let (cores, memory, disk_bytes, gpu_count) = size;
         let mut view = node(&node_name(index), cores, memory);
@@ -84,9 +86,15 @@ fn some_node() -> impl Strategy<Value = NodeView> {
         if !flags.2 {
             view.types.clear();
         }
-        if flags.3 {
+        if flags.3 > 0 {
             view.images.any.clear();
             view.images.local.insert((InstanceType::Vm, "tiny".into()));
+        }
+        if flags.3 > 1 {
+            view.images.fetched.push(InstanceType::Vm);
+        }
+        if flags.3 > 2 {
+            view.images.local.insert((InstanceType::Vm, FETCHED.into()));
         }
         view
     })
@@ -136,7 +144,7 @@ fn some_ask() -> impl Strategy<Value = Ask> {
         prop_oneof![4 => Just(0u64), 1 => 1u64..60],
         prop_oneof![5 => Just(0u32), 1 => Just(1)],
     );
-    let image = prop_oneof![5 => Just("tiny"), 1 => Just(""), 1 => Just("other")];
+    let image = prop_oneof![5 => Just("tiny"), 1 => Just(""), 1 => Just("other"), 3 => Just(FETCHED)];
     (0..INSTANCES, size, image, some_labels(), some_rules(), any::<bool>()).prop_map(
         |(index, (cores, memory, disk_bytes, gpu_count), image, own, rules, other)| {
             let mut record = instance(&format!("i{index}"), cores, memory);

@@ -145,6 +145,9 @@ impl Reference {
         }
         let soft = node.taints.iter().filter(|taint| !taint.hard && !ask.tolerates(taint)).count();
         score.soft_taints = u32::try_from(soft).unwrap_or(u32::MAX);
+        let (of, image) = (ask.instance_type(), ask.image());
+        let is_there = node.images.any.contains(&of) || node.images.local.contains(&(of, image.to_owned()));
+        score.must_fetch = !is_there && !image.is_empty();
         score
     }
 }
