@@ -10,9 +10,9 @@ PROGRAMS := hypervisor-server hypervisor-agent hypervisor-ctl
 DOCKER ?= docker
 VERSION ?= dev
 
-# Builds one or more programs in release mode and copies them to bin/.
+# Builds one or more programs in release mode, with further flags if given, and copies them to bin/.
 define build_programs
-	cargo build --release $(addprefix --package ,$(1))
+	cargo build --release $(addprefix --package ,$(1)) $(2)
 	@mkdir -p bin
 	@for program in $(1); do install -m 755 $(TARGET_DIR)/release/$$program bin/$$program; echo "bin/$$program"; done
 endef
@@ -30,8 +30,8 @@ help: ## Show this list
 all: build ## Build the programs (same as build)
 
 .PHONY: all-with-libvirt
-all-with-libvirt: ## Build with the libvirt driver (comes later)
-	$(call comes_later,the libvirt driver (hv-driver-libvirt) is not part of this version; virtual machines run on QEMU directly: make all)
+all-with-libvirt: ## Build the programs in release mode, the agent with the libvirt driver
+	$(call build_programs,$(PROGRAMS),--features hypervisor-agent/libvirt)
 
 .PHONY: deps
 deps: ## Install what is missing (packages need root) and fetch the crates

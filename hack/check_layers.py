@@ -24,6 +24,7 @@ LAYERS = {
     "hv-scheduler": 3,
     "hv-cluster": 3,
     "hv-client": 4,
+    "hv-image": 4,
     "hypervisor-server": 5,
     "hypervisor-agent": 5,
     "hypervisor-ctl": 5,
@@ -52,9 +53,13 @@ REFUSED = (
 
 # Foreign crates that have one owner, or none: crate, who may name it in its dependencies.
 OWNERS = {
+    "containerd-client": {"hv-driver-containerd"},
+    "oci-spec": {"hv-driver-containerd"},
     "etcd-client": {"hv-store"},
-    "fatfs": {"hv-driver-qemu"},
+    "fatfs": {"hv-driver-qemu", "hv-driver-libvirt"},
     "protox": {"hv-proto"},
+    "reqwest": {"hv-image"},
+    "ruzstd": {"hv-image"},
 }
 # Crates of pure values and logic name none of these.
 PURE = {"hv-types", "hv-scheduler"}

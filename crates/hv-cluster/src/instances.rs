@@ -5,6 +5,7 @@ mod change;
 mod create;
 mod explain;
 mod filter;
+mod update;
 
 use std::sync::Arc;
 
@@ -20,6 +21,7 @@ pub use create::{MAX_SET, MAX_SET_NAME_BYTES};
 pub use explain::MAX_PREVIEW;
 pub(crate) use explain::Outlook;
 pub use filter::{Filter, Seen};
+pub use update::Update;
 
 use crate::Cluster;
 use crate::error::{Error, Result};

@@ -70,6 +70,8 @@ pub struct Cluster {
     pub(crate) creates: placer::Queue,
     pub(crate) admission: instances::Admission,
     pub(crate) outlook: instances::Outlook,
+    pub(crate) agents: operations::Agents,
+    pub(crate) reservations: placer::Reservations,
     id: ClusterId,
 }
 
@@ -96,6 +98,8 @@ impl Cluster {
             creates: placer::Queue::default(),
             admission: instances::Admission::default(),
             outlook: instances::Outlook::default(),
+            agents: operations::Agents::default(),
+            reservations: placer::Reservations::default(),
             id,
         }))
     }

@@ -5,6 +5,7 @@
 //! through any server, and writes nothing else unless the node's inventory changed. When the lease ends the store
 //! deletes the sign of life, every server's cache sees it, and the node is NOT_READY everywhere at once.
 
+mod hold;
 mod liveness;
 mod maintenance;
 mod registration;
@@ -26,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::page::Page;
 use crate::requests::{Done, Mutation, Plan};
 
+pub(crate) use hold::Hold;
 pub use liveness::{Liveness, Lost};
 pub use maintenance::{Blocker, DrainOptions, outlook};
 pub(crate) use maintenance::{active_drain, keeps, stays};

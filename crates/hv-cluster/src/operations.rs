@@ -10,16 +10,22 @@
 //! Ended operations are kept for a while, by age and by number, and then removed beside the leader's other work.
 
 pub(crate) mod drain;
+pub mod migrate;
+mod nodes;
 mod retention;
+mod snapshots;
 mod work;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use hv_proto::{convert, v1};
 use hv_store::record::Record;
 use hv_store::{Compare, Op};
 use hv_types::{OperationRecord, OperationState, Revision, ServiceError};
+
+pub use nodes::{Answer, Nodes};
+pub use snapshots::SnapshotTask;
 
 use crate::Cluster;
 use crate::error::{Error, Result};
@@ -28,6 +34,17 @@ use crate::requests::{Done, Mutation, Plan};
 
 /// Parameters whose names begin with this are the leader's notes to itself and are not shown.
 pub(crate) const NOTE: char = '.';
+
+/// The way to nodes, once a server has one.
+#[derive(Default)]
+pub(crate) struct Agents(OnceLock<Arc<dyn Nodes>>);
+
+impl Agents {
+    /// The way to nodes.
+    pub(crate) fn get(&self) -> Option<Arc<dyn Nodes>> {
+        self.0.get().cloned()
+    }
+}
 
 /// Which operations a list or watch is about. All must hold; empty accepts any.
 #[derive(Clone, Debug, Default)]
@@ -69,6 +86,12 @@ fn no_operation(id: &str) -> Error {
 }
 
 impl Cluster {
+    /// Gives operations a way to nodes; the first that is given counts.
+    pub fn set_nodes(&self, nodes: Arc<dyn Nodes>) {
+        // A second one would be of the same server.
+        let _ = self.agents.0.set(nodes);
+    }
+
     /// One operation.
     ///
     /// # Errors
@@ -118,6 +141,9 @@ impl Cluster {
                         )));
                     }
                     OperationState::Pending | OperationState::Running => {}
+                }
+                if let Some(why) = migrate::refuses_cancel(&record) {
+                    return Err(Error::precondition(why));
                 }
                 let after = OperationRecord {
                     state: OperationState::Cancelling,

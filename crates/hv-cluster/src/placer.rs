@@ -24,6 +24,7 @@ mod decision;
 mod feed;
 mod flight;
 mod queue;
+mod reserve;
 mod term;
 mod waiting;
 
@@ -38,8 +39,9 @@ use crate::Cluster;
 use crate::election::Leadership;
 
 pub(crate) use feed::{FleetFeed, Snapshot};
-pub(crate) use flight::{Fate, Flight, name_taken};
+pub(crate) use flight::{Fate, Flight, name_in_set, name_taken, set_of};
 pub(crate) use queue::{Queue, Reply, Wish, stopping};
+pub(crate) use reserve::{Reservations, Reserved};
 
 impl Cluster {
     /// Takes creates, and places instances while this server leads, until `stop`.

@@ -20,6 +20,8 @@ impl Cluster {
             tokio::join!(
                 self.fail_over_while_leading(&leadership),
                 self.operate_while_leading(&leadership),
+                self.migrate_while_leading(&leadership),
+                self.snapshot_while_leading(&leadership),
                 self.trim_operations_while_leading(&leadership),
             );
         });

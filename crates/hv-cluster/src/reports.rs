@@ -97,6 +97,10 @@ pub struct Report {
     pub gone: bool,
     /// How often the node has started it again by itself.
     pub restart_count: u32,
+    /// What of its specification takes effect at the next start only, and why.
+    pub update_note: String,
+    /// It only waits there for this migration; empty where it is bound to the node.
+    pub migration: String,
 }
 
 impl TryFrom<v1::InstanceReport> for Report {
@@ -105,8 +109,7 @@ impl TryFrom<v1::InstanceReport> for Report {
     fn try_from(report: v1::InstanceReport) -> std::result::Result<Self, Invalid> {
         validate::text("reports.ip_address", &report.ip_address, 64)?;
         // It may quote what a guest or a runtime printed, and is shown on terminals.
-        let mut reason = report.state_reason.replace(|c: char| c.is_control() && c != '\n' && c != '\t', " ");
-        reason.truncate(reason.floor_char_boundary(MAX_REASON_BYTES));
+        let reason = presentable(&report.state_reason);
         Ok(Self {
             id: report.instance_id.parse()?,
             epoch: Epoch(report.epoch),
@@ -117,8 +120,16 @@ impl TryFrom<v1::InstanceReport> for Report {
             started_at: report.started_at.as_ref().map(convert::from_timestamp),
             gone: report.gone,
             restart_count: report.restart_count,
+            update_note: presentable(&report.update_note),
+            migration: report.migration_id,
         })
     }
+}
+
+fn presentable(text: &str) -> String {
+    let mut text = text.replace(|c: char| c.is_control() && c != '\n' && c != '\t', " ");
+    text.truncate(text.floor_char_boundary(MAX_REASON_BYTES));
+    text
 }
 
 /// What becomes of a report.
@@ -336,6 +347,9 @@ fn judge(state: &State, node: &NodeId, report: &Report) -> Effect {
         let verdict = if is_orphan(state, &report.id) { Verdict::Retry } else { Verdict::Release };
         return Effect::Nothing(verdict);
     };
+    if !report.migration.is_empty() {
+        return Effect::Nothing(judge_incoming(record, node, report));
+    }
     if report.epoch > record.epoch {
         // Only a store that was set back to an earlier state knows less than a node. Nothing is destroyed on its word.
         warn!(instance = %record.id, node = %node, reported = %report.epoch, recorded = %record.epoch,
@@ -363,6 +377,7 @@ fn judge(state: &State, node: &NodeId, report: &Report) -> Effect {
         record.observed_generation.max(report.observed_generation.min(record.generation));
     after.ip_address.clone_from(&report.ip_address);
     after.restart_count = report.restart_count;
+    after.update_note.clone_from(&report.update_note);
     // The node speaks: whatever was said of its loss is over.
     after.recovery_note.clear();
     after.started_at = report.started_at.or(record.started_at);
@@ -375,6 +390,21 @@ fn judge(state: &State, node: &NodeId, report: &Report) -> Effect {
         return Effect::Nothing(Verdict::Accepted);
     }
     Effect::Update(Box::new(after))
+}
+
+/// What becomes of a copy that waits on `node` to be handed over.
+fn judge_incoming(record: &InstanceRecord, node: &NodeId, report: &Report) -> Verdict {
+    let is_its =
+        record.migration.as_ref().is_some_and(|m| m.operation == report.migration && m.target == *node);
+    match record.epoch.cmp(&report.epoch) {
+        // It moves there, or is bound there by now and the node is about to hear of it.
+        _ if is_its => Verdict::Accepted,
+        // A store that was set back to before the move began knows nothing of it.
+        std::cmp::Ordering::Less => Verdict::Retry,
+        // Bound there anew without the migration: what waits goes first, as that assignment says.
+        _ if record.node_id() == Some(node) => Verdict::Accepted,
+        _ => Verdict::Release,
+    }
 }
 
 /// The record once its node has given it up.
@@ -395,7 +425,9 @@ fn unbound(record: &InstanceRecord, node: &NodeId) -> InstanceRecord {
         ip_address: String::new(),
         started_at: None,
         restart_count: 0,
+        update_note: String::new(),
         recovery_note: String::new(),
+        migration: None,
         ..record.clone()
     }
 }

@@ -1,34 +1,33 @@
-//! What goes on inside a "running" instance: a console that echoes, and a handful of commands.
+//! The console of a "running" instance, which echoes and counts, and its log.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::UNIX_EPOCH;
 
 use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
-use hv_driver::{Console, DriverError, Exec, ExecOutput, ExecRequest, Input, LogRequest, Result, log};
+use hv_driver::{Console, DriverError, Input, LogRequest, Result, log};
 use hv_types::InstanceId;
 use tokio::sync::{broadcast, mpsc};
-use tokio_stream::wrappers::ReceiverStream;
 
 use crate::record::Phase;
 use crate::{CONSOLE_QUEUE, Shared, not_running};
 
 /// How many pieces of input wait for the guest.
 const INPUT_QUEUE: usize = 64;
-/// How much `cat` passes on before it ends.
-const MAX_CAT_BYTES: usize = 16 << 20;
+/// How much of a typed line is understood.
+const MAX_LINE: usize = 256;
 
 /// What was printed, and what will be; taken together so that nothing is lost or doubled in between.
 fn attach(
     shared: &Shared,
     id: &InstanceId,
     what: &'static str,
+    since_ms: u64,
 ) -> Result<(Vec<u8>, Option<broadcast::Receiver<Bytes>>)> {
     let mut live = shared.live.lock();
     let record = shared.settled(&mut live, id, what)?;
-    let history = shared.files.printed(id).map_err(|e| DriverError::failed(id, what, e))?;
+    let history = shared.files.printed(id, since_ms).map_err(|e| DriverError::failed(id, what, e))?;
     let runs = matches!(record.phase, Phase::Running { .. } | Phase::Paused { .. });
     let receiver = runs
         .then(|| live.entry(id.clone()).or_insert_with(|| broadcast::channel(CONSOLE_QUEUE).0).subscribe());
@@ -49,16 +48,15 @@ fn until_closed(receiver: broadcast::Receiver<Bytes>) -> BoxStream<'static, Resu
 }
 
 pub(crate) fn console(shared: &Arc<Shared>, id: &InstanceId) -> Result<Console> {
-    let (history, receiver) = attach(shared, id, "console")?;
+    let (history, receiver) = attach(shared, id, "console", 0)?;
     let receiver = receiver.ok_or_else(|| not_running(id, "console"))?;
     let (input, mut typed) = mpsc::channel(INPUT_QUEUE);
     let (shared, id) = (Arc::downgrade(shared), id.clone());
     tokio::spawn(async move {
+        let mut line = Vec::new();
         while let Some(input) = typed.recv().await {
             let (Input::Data(bytes), Some(shared)) = (input, shared.upgrade()) else { continue };
-            let mut live = shared.live.lock();
-            let echoes = matches!(shared.settled(&mut live, &id, "console"), Ok(r) if matches!(r.phase, Phase::Running { .. }));
-            if !echoes || shared.print(&mut live, &id, &bytes).is_err() {
+            if hear(&shared, &id, &bytes, &mut line).is_err() {
                 return;
             }
         }
@@ -72,7 +70,9 @@ pub(crate) fn logs(
     id: &InstanceId,
     request: LogRequest,
 ) -> Result<BoxStream<'static, Result<Bytes>>> {
-    let (history, receiver) = attach(shared, id, "logs")?;
+    let since = request.since.and_then(|since| since.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
+    let since_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+    let (history, receiver) = attach(shared, id, "logs", since_ms)?;
     let wanted = match request.tail_lines {
         Some(lines) => log::last_lines(&history, lines).to_vec(),
         None => history,
@@ -84,72 +84,41 @@ pub(crate) fn logs(
     })
 }
 
-pub(crate) fn exec(request: ExecRequest, env: &BTreeMap<String, String>) -> Exec {
-    let (input, typed) = mpsc::channel(INPUT_QUEUE);
-    let (output, printed) = mpsc::channel(INPUT_QUEUE);
-    let mut variables = env.clone();
-    variables.extend(request.env);
-    let command = request.command;
-    tokio::spawn(async move {
-        let work = run(&command, &variables, typed, &output);
-        let code = tokio::select! {
-            code = work => code,
-            // Nobody reads any more: the command ends, as the contract says.
-            () = output.closed() => return,
-        };
-        let _ = output.send(Ok(ExecOutput::Exited { code })).await;
-    });
-    Exec { output: ReceiverStream::new(printed).boxed(), input }
-}
-
-type Output = mpsc::Sender<Result<ExecOutput>>;
-
-async fn run(
-    command: &[String],
-    env: &BTreeMap<String, String>,
-    input: mpsc::Receiver<Input>,
-    out: &Output,
-) -> i32 {
-    let words: Vec<_> = command.iter().map(String::as_str).collect();
-    let print = async |text: String| {
-        let _ = out.send(Ok(ExecOutput::Stdout(text.into()))).await;
+/// Echoes what was typed, and answers the lines that ask for something: `!count` prints how often memory was asked,
+/// `!disk` how often the boot disk was, both counting this time.
+fn hear(shared: &Shared, id: &InstanceId, typed: &[u8], line: &mut Vec<u8>) -> Result<()> {
+    let mut live = shared.live.lock();
+    let mut record = shared.settled(&mut live, id, "console")?;
+    if !matches!(record.phase, Phase::Running { .. }) {
+        return Err(not_running(id, "console"));
+    }
+    let print = |live: &mut crate::shared::Live, text: &[u8]| {
+        shared.print(live, id, text).map_err(|e| DriverError::failed(id, "console", e))
     };
-    match words.as_slice() {
-        ["echo", rest @ ..] => {
-            print(format!("{}\n", rest.join(" "))).await;
-            0
-        }
-        ["env"] => {
-            print(env.iter().map(|(name, value)| format!("{name}={value}\n")).collect()).await;
-            0
-        }
-        ["true"] => 0,
-        ["false"] => 1,
-        ["exit", code] => code.parse().unwrap_or(2),
-        ["sleep", seconds] => {
-            tokio::time::sleep(Duration::from_secs(seconds.parse().unwrap_or(0))).await;
-            0
-        }
-        ["cat"] => cat(input, out).await,
-        _ => {
-            let text = format!("{}: not found\n", words.first().copied().unwrap_or_default());
-            let _ = out.send(Ok(ExecOutput::Stderr(text.into()))).await;
-            127
-        }
-    }
-}
-
-async fn cat(mut input: mpsc::Receiver<Input>, out: &Output) -> i32 {
-    let mut passed = 0;
-    while let Some(input) = input.recv().await {
-        match input {
-            Input::Data(bytes) if passed + bytes.len() <= MAX_CAT_BYTES => {
-                passed += bytes.len();
-                let _ = out.send(Ok(ExecOutput::Stdout(bytes))).await;
+    print(&mut live, typed)?;
+    for byte in typed {
+        if !matches!(byte, b'\n' | b'\r') {
+            if line.len() < MAX_LINE {
+                line.push(*byte);
             }
-            Input::Data(_) | Input::Eof => break,
-            Input::Resize(_) => {}
+            continue;
+        }
+        let answer = match line.as_slice() {
+            b"!count" => {
+                record.guest.memory += 1;
+                format!("count={}\r\n", record.guest.memory)
+            }
+            b"!disk" => {
+                record.guest.disk += 1;
+                format!("disk={}\r\n", record.guest.disk)
+            }
+            _ => String::new(),
+        };
+        line.clear();
+        if !answer.is_empty() {
+            shared.save(&record, "console")?;
+            print(&mut live, answer.as_bytes())?;
         }
     }
-    0
+    Ok(())
 }

@@ -6,11 +6,19 @@
 //! every start and end that ever happened, so that a test can prove that there was no second one. A file beside it, as
 //! the fencer makes it, ends a guest whatever the first file says.
 
+mod carried;
+mod commands;
+mod console_log;
 mod guest;
+mod migrate;
 mod options;
 mod record;
+mod script;
 mod shared;
+mod snapshots;
+mod update;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -21,14 +29,18 @@ use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use hv_driver::{
     Capability, Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Exit, FenceTarget,
-    Fingerprint, Handle, InstanceConfig, LogRequest, Observed, Result, Stats, StopMode,
+    Fingerprint, Handle, ImageContent, Incoming, IncomingRequest, InstanceConfig, LogRequest, MigrateRequest,
+    MigrationStatus, Observed, Result, SnapshotInfo, SnapshotRequest, Stats, StopMode, Updated,
 };
 use hv_types::{ImageInfo, InstanceId, InstanceType};
 use parking_lot::Mutex;
 use tokio::sync::broadcast;
 
-pub use options::{ALWAYS, ANNOTATION_PREFIX, FakeOptions, Operation, Script, Step};
+pub use carried::{Fate, Guest, Incoming as AwaitedHandOver, Outgoing, Progress, Snapshot};
+pub use console_log::MAX_LOG_BYTES;
+pub use options::{CAPABILITIES, FakeOptions};
 pub use record::{LedgerEntry, LedgerEvent, Phase, Record, read_ledger, read_record};
+pub use script::{ALWAYS, ANNOTATION_PREFIX, Operation, Script, Step};
 
 use record::{Files, now_ms};
 use shared::Shared;
@@ -98,6 +110,25 @@ fn not_running(id: &InstanceId, operation: &'static str) -> DriverError {
     DriverError::wrong_state(id, operation, "it does not run; start it first")
 }
 
+/// Refuses what would make a second copy of what is moving.
+fn stays_here(record: &Record, operation: &'static str) -> Result<()> {
+    let reason = match (record.is_handed_over(), record.waits()) {
+        (true, _) => "it was handed over to another node",
+        (_, true) => "it waits for another node to hand it over",
+        (false, false) => return Ok(()),
+    };
+    Err(DriverError::wrong_state(&record.config.id, operation, reason))
+}
+
+fn local_path(content: &ImageContent) -> &Path {
+    match content {
+        ImageContent::Disk { path, .. }
+        | ImageContent::RootFs { path, .. }
+        | ImageContent::Kernel { path } => path,
+        ImageContent::Oci { layout, .. } => layout,
+    }
+}
+
 #[async_trait]
 impl Driver for FakeDriver {
     fn name(&self) -> &'static str {
@@ -138,9 +169,7 @@ impl Driver for FakeDriver {
                 Some(_) => {}
                 None => {
                     self.shared.check(config)?;
-                    let (config, phase) = (config.clone(), Phase::Creating);
-                    let record = Record { config, phase, starts: 0, attempts: Default::default() };
-                    self.shared.save(&record, "create")?;
+                    self.shared.save(&Record::creating(config), "create")?;
                 }
             }
         }
@@ -169,7 +198,7 @@ impl Driver for FakeDriver {
                 return Err(DriverError::wrong_state(id, "start", "it is paused; resume it"));
             }
             Phase::Creating => return Err(half_created(id, "start")),
-            Phase::Stopped(_) => {}
+            Phase::Stopped(_) => stays_here(&record, "start")?,
         }
         let is_late = self.shared.gate(id, Operation::Start).await?;
         let record = {
@@ -177,11 +206,13 @@ impl Driver for FakeDriver {
             let mut record = self.shared.settled(&mut live, id, "start")?;
             let script = self.shared.script_of(&record.config)?;
             if matches!(record.phase, Phase::Stopped(_)) {
+                stays_here(&record, "start")?;
+                record.outgoing = None;
                 self.shared.started(&mut live, &mut record, &script)?;
             }
             record
         };
-        self.shared.watch_end(&record);
+        self.shared.watch(&record);
         late(id, Operation::Start, is_late)?;
         Ok(Shared::handle(&record))
     }
@@ -224,8 +255,12 @@ impl Driver for FakeDriver {
     }
 
     async fn resume(&self, id: &InstanceId) -> Result<()> {
-        self.shared.require(Capability::Pause, "resume")?;
         let record = self.shared.settled(&mut self.shared.live.lock(), id, "resume")?;
+        if record.waits() {
+            return self.shared.take_up(id).await;
+        }
+        self.shared.require(Capability::Pause, "resume")?;
+        stays_here(&record, "resume")?;
         match record.phase {
             Phase::Running { .. } => return Ok(()),
             Phase::Creating | Phase::Stopped(_) => return Err(not_running(id, "resume")),
@@ -240,7 +275,7 @@ impl Driver for FakeDriver {
             script.exit_after.map(|after| now_ms() + u64::try_from(after.as_millis()).unwrap_or(0));
         record.phase = Phase::Running { since_ms, exit_at_ms, exit_code: script.exit_code };
         self.shared.save(&record, "resume")?;
-        self.shared.watch_end(&record);
+        self.shared.watch(&record);
         late(id, Operation::Resume, is_late)
     }
 
@@ -262,7 +297,7 @@ impl Driver for FakeDriver {
     async fn recover(&self, id: &InstanceId, _handle: Option<&Handle>) -> Result<Observed> {
         let observed = self.observe(id).await?;
         if let Some(record) = self.shared.load(id, "recover")? {
-            self.shared.watch_end(&record);
+            self.shared.watch(&record);
         }
         Ok(observed)
     }
@@ -334,9 +369,12 @@ impl Driver for FakeDriver {
 
     async fn exec(&self, id: &InstanceId, request: ExecRequest) -> Result<Exec> {
         self.shared.require(Capability::Exec, "exec")?;
+        if request.tty.is_some() {
+            self.shared.require(Capability::ExecTty, "exec with a terminal")?;
+        }
         let record = self.shared.settled(&mut self.shared.live.lock(), id, "exec")?;
         match record.phase {
-            Phase::Running { .. } => Ok(guest::exec(request, &record.config.spec.env)),
+            Phase::Running { .. } => Ok(commands::exec(request, &record.config)),
             Phase::Paused { .. } => {
                 Err(DriverError::wrong_state(id, "exec", "it is paused; resume it first"))
             }
@@ -353,5 +391,50 @@ impl Driver for FakeDriver {
         self.shared.settled(&mut self.shared.live.lock(), id, "display")?;
         let reason = "it draws nothing".to_owned();
         Err(DriverError::Unsupported { driver: NAME, operation: "display", reason })
+    }
+
+    async fn update(&self, config: &InstanceConfig) -> Result<Updated> {
+        self.shared.update(config).await
+    }
+
+    async fn snapshot(&self, id: &InstanceId, request: &SnapshotRequest) -> Result<SnapshotInfo> {
+        self.shared.snapshot(id, request).await
+    }
+
+    async fn revert(&self, id: &InstanceId, name: &str) -> Result<()> {
+        self.shared.revert(id, name).await
+    }
+
+    async fn delete_snapshot(&self, id: &InstanceId, name: &str) -> Result<()> {
+        self.shared.delete_snapshot(id, name)
+    }
+
+    async fn snapshots(&self, id: &InstanceId) -> Result<Vec<SnapshotInfo>> {
+        self.shared.snapshots(id)
+    }
+
+    async fn clone_snapshot(
+        &self,
+        source: &InstanceId,
+        name: &str,
+        config: &InstanceConfig,
+    ) -> Result<Handle> {
+        self.shared.clone_snapshot(source, name, config).await
+    }
+
+    async fn prepare_incoming(&self, config: &InstanceConfig, request: &IncomingRequest) -> Result<Incoming> {
+        self.shared.prepare_incoming(config, request).await
+    }
+
+    async fn migrate(&self, id: &InstanceId, request: &MigrateRequest) -> Result<()> {
+        self.shared.migrate(id, request).await
+    }
+
+    async fn migration(&self, id: &InstanceId) -> Result<Option<MigrationStatus>> {
+        self.shared.migration(id)
+    }
+
+    async fn abort_migration(&self, id: &InstanceId) -> Result<()> {
+        self.shared.abort_migration(id).await
     }
 }

@@ -7,22 +7,22 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
-use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use hv_driver::{Exit, InstanceConfig};
-use hv_types::InstanceId;
+use hv_types::{InstanceId, InstanceSpec};
 use serde::{Deserialize, Serialize};
 
-use crate::options::Operation;
+use crate::carried::{Arrived, Guest, Incoming, Outgoing, Snapshot};
+use crate::console_log;
+use crate::script::Operation;
 
 /// The ledger's name; an instance's id never starts with a dot.
 const LEDGER: &str = ".ledger.jsonl";
 /// A ledger longer than this is begun anew.
 const MAX_LEDGER_BYTES: u64 = 64 << 20;
-/// How much of a console is kept; an older half is dropped beyond it.
-pub(crate) const MAX_LOG_BYTES: u64 = 256 << 10;
 
 /// What an instance is doing, as stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +65,59 @@ pub struct Record {
     pub starts: u32,
     /// How often each scripted operation was attempted.
     pub attempts: BTreeMap<Operation, u32>,
+    /// What its guest keeps.
+    #[serde(default)]
+    pub guest: Guest,
+    /// The next start goes on with the guest's memory and does not boot.
+    #[serde(default)]
+    pub goes_on: bool,
+    /// What it is to be made of from its next start on.
+    #[serde(default)]
+    pub waiting: Option<InstanceSpec>,
+    /// Its snapshots, oldest first.
+    #[serde(default)]
+    pub snapshots: Vec<Snapshot>,
+    /// The hand-over that it was prepared for.
+    #[serde(default)]
+    pub incoming: Option<Incoming>,
+    /// Its last migration away from here since it was started. What was handed over is stored as stopped.
+    #[serde(default)]
+    pub outgoing: Option<Outgoing>,
+    /// How many migrations away from here were begun.
+    #[serde(default)]
+    pub migrations: u32,
+}
+
+impl Record {
+    /// An instance of which nothing is there yet.
+    #[must_use]
+    pub fn creating(config: &InstanceConfig) -> Self {
+        Self {
+            config: config.clone(),
+            phase: Phase::Creating,
+            starts: 0,
+            attempts: BTreeMap::new(),
+            guest: Guest::default(),
+            goes_on: false,
+            waiting: None,
+            snapshots: Vec::new(),
+            incoming: None,
+            outgoing: None,
+            migrations: 0,
+        }
+    }
+
+    /// Whether it stands still here for good.
+    #[must_use]
+    pub fn is_handed_over(&self) -> bool {
+        self.outgoing.as_ref().is_some_and(Outgoing::is_handed_over)
+    }
+
+    /// Whether it waits for another node to hand it over.
+    #[must_use]
+    pub fn waits(&self) -> bool {
+        self.incoming.as_ref().is_some_and(|incoming| incoming.waits)
+    }
 }
 
 /// One line of the ledger.
@@ -179,6 +232,14 @@ fn since_epoch() -> std::time::Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
+/// What was not there is gone too.
+fn gone(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
 /// The state directory.
 pub(crate) struct Files {
     pub(crate) dir: PathBuf,
@@ -205,14 +266,36 @@ impl Files {
 
     /// What the fencer did counts no more: it has been taken over into the record.
     pub(crate) fn unmark(&self, id: &InstanceId) -> io::Result<()> {
-        match fs::remove_file(self.marker_path(id)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-            _ => Ok(()),
-        }
+        gone(fs::remove_file(self.marker_path(id)))
     }
 
     fn log_path(&self, id: &InstanceId) -> PathBuf {
         self.dir.join(format!("{id}.log"))
+    }
+
+    /// Where a source puts what it hands over.
+    fn arrived_path(&self, id: &InstanceId) -> PathBuf {
+        self.dir.join(format!("{id}.arrived"))
+    }
+
+    /// What was handed over to here and not taken up yet.
+    pub(crate) fn arrived(&self, id: &InstanceId) -> io::Result<Option<Arrived>> {
+        match fs::read(self.arrived_path(id)) {
+            Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    pub(crate) fn put_arrived(&self, id: &InstanceId, arrived: &Arrived) -> io::Result<()> {
+        let partial = self.dir.join(format!(".{id}.arriving"));
+        fs::write(&partial, serde_json::to_vec(arrived)?)?;
+        fs::rename(&partial, self.arrived_path(id))
+    }
+
+    pub(crate) fn remove_arrived(&self, id: &InstanceId) -> io::Result<()> {
+        gone(fs::remove_file(self.arrived_path(id)))?;
+        gone(fs::remove_file(self.dir.join(format!(".{id}.arriving"))))
     }
 
     pub(crate) fn load(&self, id: &InstanceId) -> io::Result<Option<Record>> {
@@ -234,13 +317,13 @@ impl Files {
     /// The record goes last: as long as something is there, [`Files::list`] finds it.
     pub(crate) fn remove(&self, id: &InstanceId) -> io::Result<()> {
         let partial = self.dir.join(format!(".{id}.partial"));
-        for path in [self.log_path(id), self.marker_path(id), partial, self.record_path(id)] {
-            match fs::remove_file(path) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => {}
-            }
+        self.remove_arrived(id)?;
+        let (log, cut) = (self.log_path(id), self.dir.join(format!("{id}.log-partial")));
+        for path in [log, cut, self.marker_path(id), partial, self.record_path(id)] {
+            gone(fs::remove_file(path))?;
         }
-        Ok(())
+        // Something may have been handed over in between.
+        self.remove_arrived(id)
     }
 
     pub(crate) fn list(&self) -> io::Result<Vec<InstanceId>> {
@@ -281,23 +364,11 @@ impl Files {
     }
 
     pub(crate) fn print(&self, id: &InstanceId, text: &[u8]) -> io::Result<()> {
-        let path = self.log_path(id);
-        let mut file = fs::OpenOptions::new().create(true).append(true).open(&path)?;
-        file.write_all(text)?;
-        if file.metadata()?.len() > MAX_LOG_BYTES {
-            let mut reader = fs::File::open(&path)?;
-            reader.seek(SeekFrom::End(-i64::try_from(MAX_LOG_BYTES / 2).unwrap_or(i64::MAX)))?;
-            let mut kept = Vec::new();
-            reader.read_to_end(&mut kept)?;
-            fs::write(&path, kept)?;
-        }
-        Ok(())
+        console_log::append(&self.log_path(id), now_ms(), text)
     }
 
-    pub(crate) fn printed(&self, id: &InstanceId) -> io::Result<Vec<u8>> {
-        match fs::read(self.log_path(id)) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-            other => other,
-        }
+    /// What was printed since then, in milliseconds since 1970, as far as it is kept.
+    pub(crate) fn printed(&self, id: &InstanceId, since_ms: u64) -> io::Result<Vec<u8>> {
+        console_log::read(&self.log_path(id), since_ms)
     }
 }

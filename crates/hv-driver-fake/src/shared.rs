@@ -13,8 +13,10 @@ use hv_types::InstanceId;
 use parking_lot::Mutex;
 use tokio::sync::broadcast;
 
-use crate::options::{FakeOptions, Operation, Script};
+use crate::carried::{Outgoing, Progress};
+use crate::options::FakeOptions;
 use crate::record::{Files, LedgerEvent, Phase, Record, now_ms};
+use crate::script::{Operation, Script};
 use crate::{HANDLE_VERSION, NAME};
 
 /// What the driver and its tasks share.
@@ -29,6 +31,13 @@ pub(crate) struct Shared {
 }
 
 pub(crate) type Live = HashMap<InstanceId, broadcast::Sender<Bytes>>;
+
+/// What ends cannot be handed over any more.
+fn give_up_moving(record: &mut Record) {
+    if let Some(outgoing) = record.outgoing.as_mut().filter(|outgoing| outgoing.progress == Progress::Going) {
+        outgoing.progress = Progress::Failed("it ended before it was handed over".to_owned());
+    }
+}
 
 impl Shared {
     pub(crate) fn load(&self, id: &InstanceId, operation: &'static str) -> Result<Option<Record>> {
@@ -52,11 +61,14 @@ impl Shared {
             && record.phase.runs()
         {
             record.phase = Phase::Stopped(Exit::Fenced);
+            give_up_moving(&mut record);
             let noted = self.files.note_at(id, LedgerEvent::Ended, record.starts, at_us);
             noted.map_err(|e| DriverError::failed(id, operation, e))?;
             self.save(&record, operation)?;
             live.remove(id);
             self.tell(id, "it was fenced");
+        } else if record.outgoing.as_ref().and_then(Outgoing::due_ms).is_some_and(|due| now_ms() >= due) {
+            self.migrated(live, &mut record)?;
         } else if let Phase::Running { exit_at_ms: Some(at), exit_code, .. } = record.phase
             && now_ms() >= at
         {
@@ -72,6 +84,7 @@ impl Shared {
 
     pub(crate) fn ended(&self, live: &mut Live, record: &mut Record, exit: Exit) -> Result<()> {
         record.phase = Phase::Stopped(exit);
+        give_up_moving(record);
         self.note(&record.config.id, LedgerEvent::Ended, record.starts, "stop")?;
         self.save(record, "stop")?;
         live.remove(&record.config.id);
@@ -133,7 +146,10 @@ impl Shared {
         if attempt < step.hang {
             std::future::pending::<()>().await;
         }
-        tokio::time::sleep(step.delay).await;
+        // A transfer is slow behind its call, not in it.
+        if operation != Operation::Migrate {
+            tokio::time::sleep(step.delay).await;
+        }
         if step.fail_permanently {
             return Err(DriverError::invalid(id, format!("{} fails as scripted", operation.name())));
         }
@@ -165,7 +181,11 @@ impl Shared {
             since: Some(UNIX_EPOCH + Duration::from_millis(since_ms)),
             ip: Some(std::net::IpAddr::from([192, 0, 2, 15])),
         };
+        if record.is_handed_over() {
+            return Observed::HandedOver;
+        }
         match &record.phase {
+            Phase::Stopped(_) if record.waits() => Observed::Paused(Running::default()),
             Phase::Creating => Observed::Stopped(Exit::NeverStarted),
             Phase::Stopped(exit) => Observed::Stopped(exit.clone()),
             Phase::Running { since_ms, .. } => Observed::Running(running(*since_ms)),
@@ -173,25 +193,47 @@ impl Shared {
         }
     }
 
-    /// Looks again when the guest is to end, so that the end is told without being asked for.
-    pub(crate) fn watch_end(self: &Arc<Self>, record: &Record) {
-        let Phase::Running { exit_at_ms: Some(at), .. } = record.phase else { return };
-        let shared = Arc::downgrade(self);
-        let id = record.config.id.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(Duration::from_millis(at.saturating_sub(now_ms()))).await;
-            if let Some(shared) = shared.upgrade() {
-                let mut live = shared.live.lock();
-                // What cannot be read now is told to whoever asks next.
-                let _ = shared.settled(&mut live, &id, "observe");
-            }
-        });
+    /// Looks again when the guest is to end, or is to be handed over, so that it is told without being asked for.
+    pub(crate) fn watch(self: &Arc<Self>, record: &Record) {
+        let exit_at_ms = match record.phase {
+            Phase::Running { exit_at_ms, .. } => exit_at_ms,
+            Phase::Creating | Phase::Stopped(_) | Phase::Paused { .. } => None,
+        };
+        let due_ms = record.outgoing.as_ref().and_then(Outgoing::due_ms);
+        for at in exit_at_ms.into_iter().chain(due_ms) {
+            let shared = Arc::downgrade(self);
+            let id = record.config.id.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(at.saturating_sub(now_ms()))).await;
+                if let Some(shared) = shared.upgrade() {
+                    let mut live = shared.live.lock();
+                    // What cannot be read now is told to whoever asks next.
+                    let _ = shared.settled(&mut live, &id, "observe");
+                }
+            });
+        }
     }
 
     pub(crate) fn check(&self, config: &InstanceConfig) -> Result<()> {
         let image = &config.spec.image;
         let direct = image.is_empty() && !config.spec.kernel.is_empty();
-        if !direct && !self.options.images.contains(image) {
+        let asked = [
+            (Capability::Limits, "keep limits", config.spec.limits.is_some()),
+            (Capability::Volumes, "mount volumes", !config.spec.volume_mounts.is_empty()),
+            (Capability::UserData, "take user data", !config.spec.user_data.is_empty()),
+            (Capability::DirectBoot, "boot a kernel", !config.spec.kernel.is_empty()),
+            (Capability::FetchedImages, "start from a fetched image", config.image.is_some()),
+        ];
+        for (capability, operation, _) in asked.into_iter().filter(|(.., is_asked)| *is_asked) {
+            self.require(capability, operation)?;
+        }
+        if let Some(local) = &config.image {
+            let path = crate::local_path(&local.content);
+            if !path.exists() {
+                let reason = format!("image: {} is not in the image store; fetch it again", path.display());
+                return Err(DriverError::invalid(&config.id, reason));
+            }
+        } else if !direct && !self.options.images.contains(image) {
             let images = self.options.images.join(", ");
             let reason = format!("spec.image: there is no image `{image}` on this node; there are: {images}");
             return Err(DriverError::invalid(&config.id, reason));
@@ -199,6 +241,7 @@ impl Shared {
         self.script_of(config).map(drop)
     }
 
+    /// It runs from now on. What it is made of changes if that waited for it; `outgoing` is left to the caller.
     pub(crate) fn started(&self, live: &mut Live, record: &mut Record, script: &Script) -> Result<()> {
         let id = record.config.id.clone();
         self.files.unmark(&id).map_err(|e| DriverError::failed(&id, "start", e))?;
@@ -210,8 +253,18 @@ impl Shared {
             .map(|after| now + u64::try_from(after.as_millis()).unwrap_or(u64::MAX / 2));
         record.phase = Phase::Running { since_ms: now, exit_at_ms, exit_code: script.exit_code };
         record.starts += 1;
+        let boots = !std::mem::take(&mut record.goes_on);
+        if boots {
+            record.guest.memory = 0;
+        }
+        if let Some(spec) = record.waiting.take() {
+            record.config.spec = spec;
+        }
         self.note(&id, LedgerEvent::Started, record.starts, "start")?;
         self.save(record, "start")?;
+        if !boots {
+            return Ok(());
+        }
         let greeting = format!("fake-guest: hello from {}\r\n", record.config.name);
         self.print(live, &id, greeting.as_bytes()).map_err(|e| DriverError::failed(&id, "start", e))
     }

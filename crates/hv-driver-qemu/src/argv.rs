@@ -6,15 +6,30 @@
 
 use std::ffi::OsString;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::files::{
-    AGENT_SOCKET, CONSOLE, CONSOLE_SOCKET, EVENTS, EVENTS_SOCKET, MONITOR_SOCKET, PID, Stored, VNC_SOCKET,
+    AGENT_SOCKET, CONSOLE, CONSOLE_SOCKET, EVENTS, EVENTS_SOCKET, MONITOR_SOCKET, PID, Stored, StoredDisk,
+    UEFI_VARIABLES, VNC_SOCKET,
 };
 use crate::platform::{Accelerator, Platform};
 
 /// Disks sit in slots of their own from this one, eight to a slot, so that their names in the guest never change.
 const FIRST_DISK_SLOT: usize = 8;
+/// Where a machine has root ports they sit in slots from this one, eight to a slot.
+const FIRST_PORT_SLOT: usize = 0x10;
+/// Where the seed sits then: behind all others, so that it never takes a disk's name.
+const SEED_SLOT: usize = 0x1d;
+/// Free root ports with which a machine starts: so many disks can be added while it runs.
+const SPARE_PORTS: usize = 4;
+/// A machine can grow to so many times its cores and memory while it runs.
+const ROOM: u64 = 2;
+/// Most cores of a machine with room.
+const MAX_CORES: u64 = 255;
+/// Above it a machine has no room for memory: guests' physical addresses end somewhere.
+const MAX_ROOM_KIB: u64 = 256 << 20;
+/// How many pieces of memory can be added while it runs.
+const MEMORY_SLOTS: u32 = 8;
 /// The functions of a PCI slot.
 const FUNCTIONS: usize = 8;
 
@@ -24,8 +39,29 @@ pub(crate) const GUEST_ADDRESS: [u8; 4] = [10, 0, 2, 15];
 /// What the sandbox denies.
 pub(crate) const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 
+/// How a machine comes to life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Launch {
+    /// It runs at once.
+    Run,
+    /// It stands still until it is told to go on.
+    Still,
+    /// It waits for what another node hands over, then stands still.
+    Incoming,
+}
+
+/// Whether disks can come and go while a machine of this type runs.
+pub(crate) fn has_ports(machine: &str) -> bool {
+    machine.contains("q35")
+}
+
 /// The arguments for an instance. QEMU is to run inside the instance's directory.
-pub(crate) fn arguments(stored: &Stored, machine: &str, platform: &Platform) -> Vec<OsString> {
+pub(crate) fn arguments(
+    stored: &Stored,
+    machine: &str,
+    platform: &Platform,
+    launch: Launch,
+) -> Vec<OsString> {
     let config = &stored.config;
     let mut list = Arguments::default();
     list.pair("-name", format!("guest={},debug-threads=on", escape(&config.name)));
@@ -35,13 +71,39 @@ pub(crate) fn arguments(stored: &Stored, machine: &str, platform: &Platform) -> 
     list.flag("-nodefaults").flag("-no-user-config").pair("-display", "none");
     // Guests read an emulated HPET slowly and do not need it. Other machine types have none.
     let is_pc = machine.starts_with("q35") || machine.starts_with("pc");
-    list.pair("-machine", if is_pc { format!("{machine},hpet=off") } else { machine.to_owned() });
+    let mut kind = if is_pc { format!("{machine},hpet=off") } else { machine.to_owned() };
+    if let Some(firmware) = &stored.uefi {
+        kind.push_str(",pflash0=uefi-code,pflash1=uefi-variables");
+        let flash = |name: &str, file: &std::path::Path, read_only: bool| {
+            let file = json!({ "driver": "file", "filename": file });
+            json!({ "driver": "raw", "node-name": name, "read-only": read_only, "file": file }).to_string()
+        };
+        list.pair("-blockdev", flash("uefi-code", firmware, true));
+        list.pair("-blockdev", flash("uefi-variables", UEFI_VARIABLES.as_ref(), false));
+    }
+    list.pair("-machine", kind);
+    match launch {
+        Launch::Run => &mut list,
+        Launch::Still => list.flag("-S"),
+        Launch::Incoming => list.flag("-S").pair("-incoming", "defer"),
+    };
     match platform.accelerator {
         Accelerator::Kvm => list.pair("-accel", "kvm").pair("-cpu", "host"),
         Accelerator::Tcg => list.pair("-accel", "tcg,thread=multi").pair("-cpu", "max"),
     };
-    list.pair("-smp", config.spec.cpu_cores.to_string());
-    list.pair("-m", format!("size={}k", config.spec.memory_bytes.div_ceil(1024)));
+    let (cores, memory) = (config.spec.cpu_cores, config.spec.memory_bytes.div_ceil(1024));
+    if has_ports(machine) {
+        let most = (u64::from(cores) * ROOM).min(MAX_CORES).max(u64::from(cores));
+        list.pair("-smp", format!("cpus={cores},maxcpus={most},sockets=1,cores={most},threads=1"));
+    } else {
+        list.pair("-smp", cores.to_string());
+    }
+    if has_ports(machine) && memory <= MAX_ROOM_KIB {
+        let most = (memory * ROOM).next_multiple_of(1 << 20);
+        list.pair("-m", format!("size={memory}k,slots={MEMORY_SLOTS},maxmem={most}k"));
+    } else {
+        list.pair("-m", format!("size={memory}k"));
+    }
     if platform.sandbox {
         list.pair("-sandbox", SANDBOX);
     }
@@ -56,7 +118,7 @@ pub(crate) fn arguments(stored: &Stored, machine: &str, platform: &Platform) -> 
     list.pair("-serial", "chardev:console");
     list.pair("-vnc", format!("unix:{VNC_SOCKET}")).pair("-device", "VGA");
     boot(&mut list, stored);
-    disks(&mut list, stored);
+    disks(&mut list, stored, has_ports(machine));
     list.pair("-netdev", "user,id=net0");
     list.pair(
         "-device",
@@ -81,26 +143,48 @@ fn boot(list: &mut Arguments, stored: &Stored) {
     }
 }
 
-fn disks(list: &mut Arguments, stored: &Stored) {
-    for (index, disk) in stored.disks.iter().enumerate() {
-        let discard = if disk.read_only { "ignore" } else { "unmap" };
-        let file = json!({ "driver": "file", "filename": disk.file, "discard": discard });
-        let node = json!({
-            "driver": disk.format.name(),
-            "node-name": format!("disk{index}"),
-            "read-only": disk.read_only,
-            "discard": discard,
-            "file": file,
-        });
-        list.pair("-blockdev", node.to_string());
-        let (slot, function) = (FIRST_DISK_SLOT + index / FUNCTIONS, index % FUNCTIONS);
-        let address = format!("bus=pcie.0,addr={slot:#x}.{function:#x},multifunction=on");
+fn disks(list: &mut Arguments, stored: &Stored, has_ports: bool) {
+    if has_ports {
+        let removable = stored.disks.iter().filter(|disk| !disk.is_fixed()).count();
+        for port in 0..removable + SPARE_PORTS {
+            let (slot, function) = (FIRST_PORT_SLOT + port / FUNCTIONS, port % FUNCTIONS);
+            let address = format!("bus=pcie.0,addr={slot:#x}.{function:#x},multifunction=on");
+            list.pair("-device", format!("pcie-root-port,id=port{port},chassis={},{address}", port + 1));
+        }
+    }
+    let mut ports = 0..;
+    for (index, (number, disk)) in stored.numbered().enumerate() {
+        list.pair("-blockdev", disk_node(stored, number, disk).to_string());
+        let address = if !has_ports {
+            slot_address(FIRST_DISK_SLOT + number / FUNCTIONS, number % FUNCTIONS)
+        } else if disk.is_fixed() {
+            slot_address(if disk.read_only { SEED_SLOT } else { FIRST_DISK_SLOT }, 0)
+        } else {
+            format!("bus=port{}", ports.next().unwrap_or_default())
+        };
         let serial = escape(&disk.serial);
         let device =
-            format!("virtio-blk-pci,id=virtio-disk{index},drive=disk{index},serial={serial},{address}");
+            format!("virtio-blk-pci,id=virtio-disk{number},drive=disk{number},serial={serial},{address}");
         let is_boot_disk = index == 0 && stored.kernel.is_none();
         list.pair("-device", if is_boot_disk { format!("{device},bootindex=1") } else { device });
     }
+}
+
+fn slot_address(slot: usize, function: usize) -> String {
+    format!("bus=pcie.0,addr={slot:#x}.{function:#x},multifunction=on")
+}
+
+/// A disk as `-blockdev` and `blockdev-add` take it. Formats are given, never looked for in the file.
+pub(crate) fn disk_node(stored: &Stored, number: usize, disk: &StoredDisk) -> Value {
+    let discard = if disk.read_only { "ignore" } else { "unmap" };
+    let file = json!({ "driver": "file", "filename": stored.disk_path(disk), "discard": discard });
+    json!({
+        "driver": disk.format.name(),
+        "node-name": format!("disk{number}"),
+        "read-only": disk.read_only,
+        "discard": discard,
+        "file": file,
+    })
 }
 
 #[derive(Default)]

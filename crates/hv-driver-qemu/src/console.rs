@@ -14,7 +14,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek as _, SeekFrom};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -43,6 +43,8 @@ const PIECE_BYTES: usize = 16 << 10;
 const VIEWER_QUEUE: usize = 128;
 /// How many pieces of input wait for the guest.
 const INPUT_QUEUE: usize = 64;
+/// File systems keep times less exactly than clocks tell them.
+const CLOCK_STEP: Duration = Duration::from_secs(1);
 /// How long the guest may take to accept input before it is dropped.
 const INPUT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -121,10 +123,21 @@ pub(crate) fn stream_of(attached: Attached) -> BoxStream<'static, Result<Bytes>>
     stream::iter(history).chain(live).boxed()
 }
 
-/// Everything printed that is kept.
-pub(crate) fn printed(dir: &InstanceDir) -> io::Result<Vec<u8>> {
-    let recent = read_end(&dir.file(CONSOLE), ALL_BYTES)?;
-    let mut text = read_end(&dir.file(CONSOLE_OLD), ALL_BYTES)?;
+/// Whether something was printed to a file since then. Its lines have no times, but the file has one.
+pub(crate) fn written_since(path: &Path, since: Option<SystemTime>) -> bool {
+    let Some(since) = since else { return true };
+    let written = fs::metadata(path).and_then(|file| file.modified());
+    written.is_ok_and(|written| written + CLOCK_STEP >= since)
+}
+
+/// Everything printed that is kept: a file of it whole, or, if it is older than asked for, not at all.
+pub(crate) fn printed(dir: &InstanceDir, since: Option<SystemTime>) -> io::Result<Vec<u8>> {
+    let read = |name: &str| match written_since(&dir.file(name), since) {
+        true => read_end(&dir.file(name), ALL_BYTES),
+        false => Ok(Vec::new()),
+    };
+    let recent = read(CONSOLE)?;
+    let mut text = read(CONSOLE_OLD)?;
     text.extend_from_slice(&recent);
     Ok(text)
 }

@@ -1,6 +1,7 @@
 //! The driver contract, fulfilled with QEMU.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -9,7 +10,8 @@ use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use hv_driver::{
     Capability, Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Exit, FenceTarget,
-    Fingerprint, Handle, InstanceConfig, LogRequest, Observed, Result, Stats, StopMode, log,
+    Fingerprint, Handle, Incoming, IncomingRequest, InstanceConfig, LogRequest, MigrateRequest,
+    MigrationStatus, Observed, Result, SnapshotInfo, SnapshotRequest, Stats, StopMode, Updated, log,
 };
 use hv_telemetry::crash::{self, Point};
 use hv_types::{ImageInfo, InstanceId, InstanceType};
@@ -19,12 +21,19 @@ use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
 use crate::console::{self, History};
-use crate::files::{CONFIG, InstanceDir, LOCK, StateDir, Stored, VNC_SOCKET};
+use crate::create::{Disks, Tools};
+use crate::files::{
+    CONFIG, CONSOLE, InstanceDir, LOCK, OWNS_DISKS, StateDir, Stored, VNC_SOCKET, remove_tree,
+};
 use crate::images::Images;
-use crate::machine::{Live, Machine, Shared};
+use crate::live::Live;
+use crate::machine::{Machine, Shared};
+use crate::migration::{self, Outgoing};
 use crate::platform::{self, Platform};
 use crate::problem::{Outcome, Problem};
-use crate::{NAME, QemuOptions, agent, create};
+use crate::{NAME, QemuOptions, agent, create, snapshots, update};
+
+mod incoming;
 
 /// Version of the handle's data, which is empty: everything is found by the instance's id.
 const HANDLE_VERSION: u32 = 1;
@@ -32,7 +41,7 @@ const HANDLE_VERSION: u32 = 1;
 const EVENT_QUEUE: usize = 1024;
 
 /// What it can do where QEMU is there.
-const CAPABILITIES: [Capability; 7] = [
+const CAPABILITIES: [Capability; 14] = [
     Capability::Pause,
     Capability::Console,
     Capability::Logs,
@@ -40,11 +49,20 @@ const CAPABILITIES: [Capability; 7] = [
     Capability::Display,
     Capability::UserData,
     Capability::DirectBoot,
+    Capability::ResizeLive,
+    Capability::HotplugDisk,
+    Capability::Snapshot,
+    Capability::SnapshotMemory,
+    Capability::Migrate,
+    Capability::MigrateStorage,
+    Capability::FetchedImages,
 ];
 
 /// Virtual machines, each a QEMU process of its own.
 pub struct QemuDriver {
     options: QemuOptions,
+    /// Where the disks of new instances are put, if not in their own directories.
+    disk_dir: Option<PathBuf>,
     state: StateDir,
     images: Images,
     shared: Arc<Shared>,
@@ -80,8 +98,18 @@ impl QemuDriver {
             shared: Arc::new(shared),
             machines: Mutex::default(),
             platform: tokio::sync::Mutex::default(),
+            disk_dir: None,
             options,
         }
+    }
+
+    /// Puts the disks of instances that are created from now on below this directory, each in one named after its
+    /// instance. Where several nodes mount the same directory at the same place, instances can be handed over
+    /// between them without copying disks.
+    #[must_use]
+    pub fn with_disk_dir(mut self, dir: &std::path::Path) -> Self {
+        self.disk_dir = std::path::absolute(dir).ok();
+        self
     }
 
     async fn platform(&self) -> Result<Arc<Platform>> {
@@ -138,15 +166,16 @@ impl QemuDriver {
         }
     }
 
-    async fn make(&self, config: &InstanceConfig) -> Result<()> {
+    async fn make(&self, config: &InstanceConfig, from: Disks) -> Result<()> {
         let id = &config.id;
         if let Some((operation, reason)) = create::unsupported(&config.spec) {
             return Err(DriverError::Unsupported { driver: NAME, operation, reason });
         }
-        let boot = self.images.resolve(&config.spec).map_err(|reason| DriverError::invalid(id, reason))?;
-        create::check(&config.spec, &boot).map_err(|reason| DriverError::invalid(id, reason))?;
-        let qemu_img = self.options.qemu_img.clone().or_else(|| platform::find("qemu-img"));
-        create::prepare(&self.state, config, &boot, qemu_img).await.map_err(|problem| match problem {
+        let invalid = |reason| DriverError::invalid(id, reason);
+        let boot = self.images.resolve(config).map_err(invalid)?;
+        create::check(&config.spec, &boot).map_err(invalid)?;
+        let made = create::prepare(&self.state, config, &boot, &self.tools(), from).await;
+        made.map(drop).map_err(|problem| match problem {
             Problem::Spawn { tool, remedy, source } => DriverError::Unavailable {
                 driver: NAME,
                 reason: format!("{tool} could not be run ({source}); {remedy}"),
@@ -155,7 +184,29 @@ impl QemuDriver {
         })
     }
 
+    fn tools(&self) -> Tools {
+        let qemu_img = self.options.qemu_img.clone().or_else(|| platform::find("qemu-img"));
+        Tools {
+            qemu_img: qemu_img.unwrap_or_else(|| PathBuf::from("qemu-img")),
+            disk_dir: self.disk_dir.clone(),
+        }
+    }
+
+    /// Removes the disks that lie elsewhere, unless they are another node's.
+    fn remove_disks(&self, id: &InstanceId) -> Outcome<()> {
+        let path = self.state.of(id);
+        let Ok(dir) = InstanceDir::open(path) else { return Ok(()) };
+        let given_away = Outgoing::read(&dir)?.is_some_and(|outgoing| outgoing.gave_disks_away());
+        if !dir.file(OWNS_DISKS).exists() || given_away {
+            return Ok(());
+        }
+        let stored = dir.read::<Stored>(CONFIG)?.and_then(|stored| stored.disk_dir);
+        let planned = self.disk_dir.as_ref().map(|all| all.join(id.as_str()));
+        stored.or(planned).map_or(Ok(()), |disks| remove_tree(&disks))
+    }
+
     async fn remove(&self, id: &InstanceId) -> Result<()> {
+        self.remove_disks(id).map_err(|e| DriverError::failed(id, "delete", e))?;
         let (state, owned) = (self.state.clone(), id.clone());
         let before_removal = || crash::reach(Point::QemuDeleteBeforeRmdir);
         let removal = tokio::task::spawn_blocking(move || state.remove(&owned, before_removal)).await;
@@ -206,13 +257,14 @@ impl Driver for QemuDriver {
             // Nothing of it was ever used.
             Found::Part => self.remove(&config.id).await?,
         }
-        self.make(config).await?;
+        self.make(config, Disks::Fresh).await?;
         Ok(handle())
     }
 
     async fn start(&self, id: &InstanceId) -> Result<Handle> {
         let machine = self.machine(id, "start")?;
         let platform = self.platform().await?;
+        snapshots::finish_revert(&machine, &self.tools()).await?;
         machine.start(&platform, &self.options.machine).await?;
         Ok(handle())
     }
@@ -243,7 +295,12 @@ impl Driver for QemuDriver {
     }
 
     async fn recover(&self, id: &InstanceId, _handle: Option<&Handle>) -> Result<Observed> {
-        self.observe(id).await
+        let observed = self.observe(id).await?;
+        // A hand-over that was begun goes on.
+        if let Found::Whole(machine) = self.find(id, "recover")? {
+            migration::source::status(&machine).await?;
+        }
+        Ok(observed)
     }
 
     async fn observe(&self, id: &InstanceId) -> Result<Observed> {
@@ -331,10 +388,14 @@ impl Driver for QemuDriver {
             && let Some(live) = machine.live("logs").await?
             && let Some(mut attached) = live.console.attach(History::All).await
         {
+            if !console::written_since(&machine.dir.file(CONSOLE), request.since) {
+                attached.history.clear();
+            }
             attached.history = cut(attached.history);
             return Ok(console::stream_of(attached));
         }
-        let text = console::printed(&machine.dir).map_err(|e| DriverError::failed(id, "logs", e))?;
+        let text =
+            console::printed(&machine.dir, request.since).map_err(|e| DriverError::failed(id, "logs", e))?;
         let text = cut(text);
         Ok(stream::iter((!text.is_empty()).then(|| Ok(Bytes::from(text)))).boxed())
     }
@@ -342,6 +403,58 @@ impl Driver for QemuDriver {
     async fn display(&self, id: &InstanceId) -> Result<Display> {
         let (machine, _) = self.live(id, "display").await?;
         Ok(Display::Vnc(machine.dir.public_socket(VNC_SOCKET)))
+    }
+
+    async fn update(&self, config: &InstanceConfig) -> Result<Updated> {
+        let machine = self.machine(&config.id, "update")?;
+        update::update(&machine, config, &self.tools(), &self.options.machine).await
+    }
+
+    async fn snapshot(&self, id: &InstanceId, request: &SnapshotRequest) -> Result<SnapshotInfo> {
+        snapshots::take(&self.machine(id, "snapshot")?, request, &self.tools()).await
+    }
+
+    async fn revert(&self, id: &InstanceId, name: &str) -> Result<()> {
+        let machine = self.machine(id, "revert")?;
+        let platform = self.platform().await?;
+        snapshots::revert(&machine, name, &self.tools(), &platform, &self.options.machine).await
+    }
+
+    async fn delete_snapshot(&self, id: &InstanceId, name: &str) -> Result<()> {
+        snapshots::delete(&self.machine(id, "delete a snapshot")?, name, &self.tools()).await
+    }
+
+    async fn snapshots(&self, id: &InstanceId) -> Result<Vec<SnapshotInfo>> {
+        let machine = self.machine(id, "list snapshots")?;
+        snapshots::list(&machine).await
+    }
+
+    async fn clone_snapshot(
+        &self,
+        _source: &InstanceId,
+        _name: &str,
+        _config: &InstanceConfig,
+    ) -> Result<Handle> {
+        Err(self
+            .cannot("clone", "its snapshots lie inside the disks of the instance that they were taken of"))
+    }
+
+    async fn prepare_incoming(&self, config: &InstanceConfig, request: &IncomingRequest) -> Result<Incoming> {
+        self.expect(config, request).await
+    }
+
+    async fn migrate(&self, id: &InstanceId, request: &MigrateRequest) -> Result<()> {
+        let machine = self.machine(id, "migrate")?;
+        let platform = self.platform().await?;
+        migration::source::migrate(&machine, request, &self.options.machine, &platform).await
+    }
+
+    async fn migration(&self, id: &InstanceId) -> Result<Option<MigrationStatus>> {
+        migration::source::status(&self.machine(id, "migration")?).await
+    }
+
+    async fn abort_migration(&self, id: &InstanceId) -> Result<()> {
+        migration::source::abort(&self.machine(id, "abort a migration")?).await
     }
 }
 

@@ -41,7 +41,25 @@ pub(crate) const EVENTS_SOCKET: &str = "events.sock";
 pub(crate) const CONSOLE_SOCKET: &str = "console.sock";
 pub(crate) const AGENT_SOCKET: &str = "agent.sock";
 pub(crate) const VNC_SOCKET: &str = "vnc.sock";
+/// The disk that is made from the image.
+pub(crate) const BOOT_DISK: &str = "boot.qcow2";
 pub(crate) const SEED: &str = "seed.img";
+/// The hand-over to this node for which the instance waits.
+pub(crate) const INCOMING: &str = "incoming.json";
+/// The last hand-over of the instance to another node.
+pub(crate) const OUTGOING: &str = "outgoing.json";
+/// Says that the disks, where they lie elsewhere, are this instance's to remove.
+pub(crate) const OWNS_DISKS: &str = "owns-disks";
+/// The snapshots that are complete.
+pub(crate) const SNAPSHOTS: &str = "snapshots.json";
+/// What the machine was when it was last started.
+pub(crate) const STARTED: &str = "started.json";
+/// A return to a snapshot that has begun and is not finished.
+pub(crate) const REVERTING: &str = "reverting.json";
+/// Where QEMU looks for the key of a migration: a directory with `keys.psk`.
+pub(crate) const KEYS: &str = "keys";
+/// The instance's own UEFI variables.
+pub(crate) const UEFI_VARIABLES: &str = "uefi-vars.fd";
 
 /// The longest path that a unix socket address holds (`sun_path` with its final NUL, unix(7)).
 const MAX_SOCKET_PATH_BYTES: usize = 107;
@@ -55,10 +73,34 @@ pub(crate) struct Stored {
     pub(crate) initrd: Option<PathBuf>,
     pub(crate) cmdline: String,
     pub(crate) disks: Vec<StoredDisk>,
+    /// Where its disks are if not in its own directory; absolute.
+    #[serde(default)]
+    pub(crate) disk_dir: Option<PathBuf>,
+    /// The UEFI firmware that it boots with.
+    #[serde(default)]
+    pub(crate) uefi: Option<PathBuf>,
 }
 
 impl Stored {
     pub(crate) const VERSION: u32 = 1;
+
+    /// A disk's file as QEMU is told: in the instance's directory, or absolute.
+    pub(crate) fn disk_path(&self, disk: &StoredDisk) -> PathBuf {
+        match &self.disk_dir {
+            Some(dir) if !disk.read_only => dir.join(&disk.file),
+            _ => PathBuf::from(&disk.file),
+        }
+    }
+
+    /// The disks that the guest writes, each with its number.
+    pub(crate) fn writable(&self) -> impl Iterator<Item = (usize, &StoredDisk)> {
+        self.numbered().filter(|(_, disk)| !disk.read_only)
+    }
+
+    /// Every disk with its number: that of its node and device in QEMU.
+    pub(crate) fn numbered(&self) -> impl Iterator<Item = (usize, &StoredDisk)> {
+        self.disks.iter().enumerate().map(|(index, disk)| (disk.number.unwrap_or(index), disk))
+    }
 }
 
 /// A disk of an instance, in its directory.
@@ -69,6 +111,23 @@ pub(crate) struct StoredDisk {
     /// What the guest reads as its serial number.
     pub(crate) serial: String,
     pub(crate) read_only: bool,
+    /// Its number, which stays while others come and go; `None`: its place in the list, as it was before there were
+    /// numbers.
+    #[serde(default)]
+    pub(crate) number: Option<usize>,
+    /// The name that the specification gives it.
+    #[serde(default)]
+    pub(crate) name: String,
+    /// What the guest sees, in bytes; 0 where an earlier release made it.
+    #[serde(default)]
+    pub(crate) size_bytes: u64,
+}
+
+impl StoredDisk {
+    /// Whether the guest boots from it, or it is the seed: neither comes nor goes.
+    pub(crate) fn is_fixed(&self) -> bool {
+        self.read_only || self.file == BOOT_DISK
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
@@ -148,7 +207,7 @@ impl StateDir {
     }
 }
 
-fn remove_tree(path: &Path) -> Outcome<()> {
+pub(crate) fn remove_tree(path: &Path) -> Outcome<()> {
     match fs::remove_dir_all(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Problem::file("remove", path)(e)),
         _ => Ok(()),

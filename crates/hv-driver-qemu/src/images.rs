@@ -9,13 +9,16 @@ use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
-use hv_types::{ImageInfo, InstanceSpec, InstanceType, validate};
+use hv_driver::{DiskFormat, ImageContent, InstanceConfig, LocalImage};
+use hv_types::{ImageInfo, InstanceType, validate};
 use serde::{Deserialize, Serialize};
 
 /// The endings of disk images, in the order in which they are looked for.
 const ENDINGS: [&str; 3] = ["qcow2", "raw", "img"];
 /// The first bytes of a qcow2 image ("QCOW magic", docs/interop/qcow2.txt of QEMU).
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
+/// How much of a disk image is its header, in bytes.
+const HEADER_BYTES: u64 = 104;
 /// Longest command line file, in bytes.
 const MAX_CMDLINE_BYTES: u64 = 4096;
 
@@ -90,10 +93,12 @@ impl Images {
     ///
     /// # Errors
     /// Says which field is wrong, and what there is instead.
-    pub(crate) fn resolve(&self, spec: &InstanceSpec) -> Result<Boot, String> {
-        let mut boot = match spec.image.is_empty() {
-            true => Boot::default(),
-            false => self.image(&spec.image).map_err(|reason| self.with_choice(&spec.image, &reason))?,
+    pub(crate) fn resolve(&self, config: &InstanceConfig) -> Result<Boot, String> {
+        let spec = &config.spec;
+        let mut boot = match &config.image {
+            Some(image) => local(image)?,
+            None if spec.image.is_empty() => Boot::default(),
+            None => self.image(&spec.image).map_err(|reason| self.with_choice(&spec.image, &reason))?,
         };
         if !spec.kernel.is_empty() {
             boot.kernel = Some(self.file("spec.kernel", &spec.kernel)?);
@@ -182,6 +187,32 @@ impl Images {
     }
 }
 
+/// What an image of the node's store boots. Its format is what the store says, whatever the file looks like.
+fn local(image: &LocalImage) -> Result<Boot, String> {
+    let refused = |form: &str, remedy: &str| Err(format!("spec.image: it is {form}; {remedy}"));
+    match &image.content {
+        ImageContent::Disk { path, format } => {
+            let format = match format {
+                DiskFormat::Qcow2 => Format::Qcow2,
+                DiskFormat::Raw => Format::Raw,
+            };
+            let disk = base_of(path, format)
+                .map_err(|reason| format!("spec.image: image {} {reason}", image.digest))?;
+            Ok(Boot { disk: Some(disk), ..Boot::default() })
+        }
+        ImageContent::Kernel { path } if path.is_file() => {
+            Ok(Boot { kernel: Some(path.clone()), ..Boot::default() })
+        }
+        ImageContent::Kernel { path } => refused("a kernel", &format!("but there is no {}", path.display())),
+        ImageContent::Oci { .. } => {
+            refused("a container image", "use an instance of type container, or a disk image")
+        }
+        ImageContent::RootFs { .. } => {
+            refused("a root file system", "name a disk image, or one with a kernel")
+        }
+    }
+}
+
 fn info(name: &str, boot: &Boot) -> ImageInfo {
     let files = [boot.kernel.as_ref(), boot.initrd.as_ref(), boot.disk.as_ref().map(|disk| &disk.path)];
     let found: Vec<_> = files.into_iter().flatten().filter_map(|path| fs::metadata(path).ok()).collect();
@@ -201,21 +232,28 @@ fn read_bounded(path: &Path, max_bytes: u64) -> io::Result<String> {
 
 /// Reads a disk image's header. Only a `.raw` file is taken as raw whatever it contains.
 fn base(path: &Path) -> Result<Base, String> {
+    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+    let is_raw = ending == "raw" || (ending == "img" && !header(path)?.0.starts_with(&QCOW2_MAGIC));
+    base_of(path, if is_raw { Format::Raw } else { Format::Qcow2 })
+}
+
+/// The first bytes of a file, and its length.
+fn header(path: &Path) -> Result<(Vec<u8>, u64), String> {
     let unreadable = |e: io::Error| format!("cannot be read: {e}");
     let mut header = Vec::new();
     let file = fs::File::open(path).map_err(unreadable)?;
     let length = file.metadata().map_err(unreadable)?.len();
-    file.take(104).read_to_end(&mut header).map_err(unreadable)?;
-    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
-    let is_qcow2 = header.starts_with(&QCOW2_MAGIC);
-    if ending == "raw" || (ending == "img" && !is_qcow2) {
-        return Ok(Base {
-            path: path.to_owned(),
-            format: Format::Raw,
-            size_bytes: length.next_multiple_of(512),
-        });
+    file.take(HEADER_BYTES).read_to_end(&mut header).map_err(unreadable)?;
+    Ok((header, length))
+}
+
+/// A disk image of a known format.
+fn base_of(path: &Path, format: Format) -> Result<Base, String> {
+    let (header, length) = header(path)?;
+    if format == Format::Raw {
+        return Ok(Base { path: path.to_owned(), format, size_bytes: length.next_multiple_of(512) });
     }
-    if !is_qcow2 || header.len() < 104 {
+    if !header.starts_with(&QCOW2_MAGIC) || header.len() as u64 != HEADER_BYTES {
         return Err("is no qcow2 image; check the file".to_owned());
     }
     // Offsets as in docs/interop/qcow2.txt: version 4, backing file 8, virtual size 24, incompatible features 72.

@@ -24,7 +24,15 @@ mod files;
 #[cfg(target_os = "linux")]
 mod images;
 #[cfg(target_os = "linux")]
+mod jobs;
+#[cfg(target_os = "linux")]
+mod limits;
+#[cfg(target_os = "linux")]
+mod live;
+#[cfg(target_os = "linux")]
 mod machine;
+#[cfg(target_os = "linux")]
+mod migration;
 #[cfg(target_os = "linux")]
 mod notify;
 #[cfg(target_os = "linux")]
@@ -37,6 +45,10 @@ mod process;
 mod qmp;
 #[cfg(target_os = "linux")]
 mod seed;
+#[cfg(target_os = "linux")]
+mod snapshots;
+#[cfg(target_os = "linux")]
+mod update;
 
 pub use driver::QemuDriver;
 pub use options::{Accel, QemuOptions};

@@ -7,24 +7,27 @@
 
 use std::process::Stdio;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::{Duration, SystemTime};
 
 use hv_driver::{DriverError, DriverEvent, Exit, Observed, Running, StopMode};
 use hv_telemetry::crash::{self, Point};
 use hv_types::InstanceId;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tokio::process::{Child, Command};
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::argv;
+use crate::argv::{self, Launch};
 use crate::console::{ConsoleHub, end_of};
 use crate::exit;
 use crate::files::{
-    AGENT_SOCKET, CONSOLE, CONSOLE_SOCKET, EVENTS, EVENTS_SOCKET, EXIT, InstanceDir, MONITOR_SOCKET, PID,
-    RUN, STDERR, Stored, StoredExit, StoredRun, VNC_SOCKET, now_ms,
+    AGENT_SOCKET, CONSOLE, CONSOLE_SOCKET, EVENTS, EVENTS_SOCKET, EXIT, INCOMING, InstanceDir,
+    MONITOR_SOCKET, OUTGOING, PID, RUN, STARTED, STDERR, Stored, StoredExit, StoredRun, VNC_SOCKET, now_ms,
 };
+use crate::limits;
+use crate::live::{Live, Status};
+use crate::migration;
 use crate::notify::Notify;
 use crate::platform::Platform;
 use crate::problem::{Outcome, Problem};
@@ -37,8 +40,6 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 const START_RETRY: Duration = Duration::from_millis(20);
 /// How often the event log of a QEMU that is just starting is tried.
 const EVENT_LOG_RETRY: Duration = Duration::from_millis(250);
-/// How long a look at the machine may take before the last known state is told.
-const OBSERVE_TIMEOUT: Duration = Duration::from_secs(2);
 /// A guest that boots does not hear the power button yet, so it is pressed again.
 const POWERDOWN_INTERVAL: Duration = Duration::from_secs(3);
 /// How long QEMU may take to quit when told to, before it is killed.
@@ -53,33 +54,6 @@ pub(crate) struct Shared {
     pub(crate) cancelled: CancellationToken,
 }
 
-/// A machine that runs.
-pub(crate) struct Live {
-    pub(crate) process: Process,
-    pub(crate) monitor: Monitor,
-    pub(crate) console: ConsoleHub,
-    run: StoredRun,
-    paused: AtomicBool,
-    stopping: AtomicBool,
-    ended: watch::Receiver<bool>,
-}
-
-impl Live {
-    /// Whether it is gone within a time.
-    async fn gone_within(&self, timeout: Duration) -> bool {
-        let mut ended = self.ended.clone();
-        tokio::time::timeout(timeout, end_of(&mut ended)).await.is_ok()
-    }
-
-    /// Asks QEMU whether the machine stands still.
-    pub(crate) async fn is_paused(&self) -> bool {
-        if let Ok(status) = self.monitor.command_within("query-status", None, OBSERVE_TIMEOUT).await {
-            self.paused.store(status["status"] == "paused", Ordering::Relaxed);
-        }
-        self.paused.load(Ordering::Relaxed)
-    }
-}
-
 #[derive(Clone)]
 enum Phase {
     Unknown,
@@ -91,9 +65,13 @@ enum Phase {
 pub(crate) struct Machine {
     pub(crate) id: InstanceId,
     pub(crate) dir: Arc<InstanceDir>,
-    pub(crate) stored: Stored,
-    shared: Arc<Shared>,
-    change: tokio::sync::Mutex<()>,
+    stored: RwLock<Arc<Stored>>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) change: tokio::sync::Mutex<()>,
+    /// Who notes how far a hand-over is.
+    pub(crate) notes: Mutex<()>,
+    /// Whether somebody drives its hand-over to another node.
+    pub(crate) leaving: Mutex<Option<tokio::task::JoinHandle<()>>>,
     phase: Mutex<Phase>,
     /// One command at a time can talk to the guest's agent.
     pub(crate) agent: tokio::sync::Mutex<()>,
@@ -106,15 +84,29 @@ impl Machine {
         Self {
             id: stored.config.id.clone(),
             dir: Arc::new(dir),
-            stored,
+            stored: RwLock::new(Arc::new(stored)),
             shared,
+            notes: Mutex::default(),
+            leaving: Mutex::default(),
             change: tokio::sync::Mutex::default(),
             phase: Mutex::new(Phase::Unknown),
             agent: tokio::sync::Mutex::default(),
         }
     }
 
-    fn failed(&self, operation: &'static str) -> impl FnOnce(Problem) -> DriverError + use<'_> {
+    /// What it is made of.
+    pub(crate) fn stored(&self) -> Arc<Stored> {
+        self.stored.read().clone()
+    }
+
+    /// Makes it something else from now on.
+    pub(crate) fn store(&self, stored: Stored) -> Outcome<()> {
+        self.dir.write(crate::files::CONFIG, &stored)?;
+        *self.stored.write() = Arc::new(stored);
+        Ok(())
+    }
+
+    pub(crate) fn failed(&self, operation: &'static str) -> impl FnOnce(Problem) -> DriverError + use<'_> {
         move |problem| DriverError::failed(&self.id, operation, problem)
     }
 
@@ -124,6 +116,15 @@ impl Machine {
             let _change = self.change.lock().await;
             self.look(operation).await?;
         }
+        match &*self.phase.lock() {
+            Phase::Up(live) => Ok(Some(live.clone())),
+            Phase::Unknown | Phase::Down(_) => Ok(None),
+        }
+    }
+
+    /// The running machine as far as it is known. `change` is held.
+    pub(crate) async fn live_now(self: &Arc<Self>, operation: &'static str) -> Done<Option<Arc<Live>>> {
+        self.look(operation).await?;
         match &*self.phase.lock() {
             Phase::Up(live) => Ok(Some(live.clone())),
             Phase::Unknown | Phase::Down(_) => Ok(None),
@@ -165,7 +166,8 @@ impl Machine {
         // It may be so young that it has no sockets yet.
         let (dir, cancelled, ended) = (self.dir.clone(), self.shared.cancelled.clone(), live.ended.clone());
         tokio::spawn(async move { log_events(&dir, &cancelled, ended).await });
-        live.is_paused().await;
+        live.status().await;
+        limits::apply(self, &live).await;
         Ok(true)
     }
 
@@ -184,7 +186,7 @@ impl Machine {
             monitor: Monitor::new(self.dir.clone(), cancelled.clone(), qmp),
             console: ConsoleHub::start(self.dir.clone(), ended.clone(), cancelled.clone()),
             run,
-            paused: AtomicBool::new(false),
+            status: AtomicU8::new(Status::Running as u8),
             stopping: AtomicBool::new(false),
             ended,
         });
@@ -221,25 +223,43 @@ impl Machine {
 
     pub(crate) async fn start(self: &Arc<Self>, platform: &Platform, machine_type: &str) -> Done<()> {
         let _change = self.change.lock().await;
-        self.look("start").await?;
-        let phase = self.phase.lock().clone();
-        if let Phase::Up(live) = phase {
-            return match live.is_paused().await {
-                true => Err(DriverError::wrong_state(&self.id, "start", "it is paused; resume it")),
-                false => Ok(()),
-            };
+        let live = self.live_now("start").await?;
+        let refused = |reason: &str| Err(DriverError::wrong_state(&self.id, "start", reason));
+        if migration::is_handed_over(self, live.as_deref()).await.map_err(self.failed("start"))? {
+            return refused("it was handed over to another node");
         }
+        match live {
+            None if self.dir.file(INCOMING).exists() => {
+                refused("what was to be handed over to it never arrived; delete it")
+            }
+            None => self.launch(platform, machine_type, Launch::Run).await.map(drop),
+            Some(live) => match live.status().await {
+                Status::Running => Ok(()),
+                Status::Still => refused("it is paused; resume it"),
+                Status::Waiting => refused("it waits for what another node hands over"),
+                Status::HandedOver => refused("it was handed over to another node"),
+            },
+        }
+    }
+
+    /// Starts QEMU for a machine that is down. `change` is held.
+    pub(crate) async fn launch(
+        self: &Arc<Self>,
+        platform: &Platform,
+        machine_type: &str,
+        launch: Launch,
+    ) -> Done<Option<Arc<Live>>> {
         let Some(lock) = try_lock(&self.dir).map_err(self.failed("start"))? else {
             // A start of ours that was given up half-way.
             return match self.adopt("start").await? {
-                true => Ok(()),
+                true => self.live_now("start").await,
                 false => Err(DriverError::failed(&self.id, "start", "an earlier qemu is just ending")),
             };
         };
         let run = self.clear().map_err(self.failed("start"))?;
         let mut unfinished = Unfinished(Some(&self.phase));
         crash::reach(Point::QemuStartBeforeSpawn);
-        let mut child = self.spawn(lock, platform, machine_type).map_err(self.failed("start"))?;
+        let mut child = self.spawn(lock, platform, machine_type, launch).map_err(self.failed("start"))?;
         crash::reach(Point::QemuStartAfterSpawn);
         let ready = tokio::time::timeout(START_TIMEOUT, self.ready(&mut child)).await.unwrap_or_else(|_| {
             let timeout_ms = u64::try_from(START_TIMEOUT.as_millis()).unwrap_or(u64::MAX);
@@ -262,13 +282,14 @@ impl Machine {
             tracing::warn!(instance = %self.id, %error, "qemu does not log its events");
         }
         unfinished.0 = None;
-        self.up(process, Some(child), Some(qmp), run);
-        Ok(())
+        let live = self.up(process, Some(child), Some(qmp), run);
+        limits::apply(self, &live).await;
+        Ok(Some(live))
     }
 
     /// Takes away what the last run left, and counts this one.
     fn clear(&self) -> Outcome<StoredRun> {
-        for name in [PID, MONITOR_SOCKET, EVENTS_SOCKET, CONSOLE_SOCKET, AGENT_SOCKET, VNC_SOCKET] {
+        for name in [OUTGOING, PID, MONITOR_SOCKET, EVENTS_SOCKET, CONSOLE_SOCKET, AGENT_SOCKET, VNC_SOCKET] {
             self.dir.remove(name)?;
         }
         // How the last run ended must be on record before its traces go.
@@ -284,15 +305,23 @@ impl Machine {
         }
         self.dir.append(CONSOLE)?;
         let run = StoredRun { number, started_ms: now_ms() };
+        self.dir.write(STARTED, &*self.stored())?;
         self.dir.write(RUN, &run)?;
         Ok(run)
     }
 
-    fn spawn(&self, lock: std::fs::File, platform: &Platform, machine_type: &str) -> Outcome<Child> {
+    fn spawn(
+        &self,
+        lock: std::fs::File,
+        platform: &Platform,
+        machine_type: &str,
+        launch: Launch,
+    ) -> Outcome<Child> {
         let log = self.dir.append(STDERR)?;
         let also_log = log.try_clone().map_err(Problem::file("open", &self.dir.file(STDERR)))?;
         let mut command = Command::new(&platform.binary);
-        command.args(argv::arguments(&self.stored, machine_type, platform)).current_dir(&self.dir.path);
+        command.args(argv::arguments(&self.stored(), machine_type, platform, launch));
+        command.current_dir(&self.dir.path);
         command.stdin(Stdio::from(lock)).stdout(Stdio::from(log)).stderr(Stdio::from(also_log));
         // A group of its own: what ends the agent's group does not end the guests.
         command.process_group(0).kill_on_drop(false);
@@ -332,9 +361,18 @@ impl Machine {
 
     pub(crate) async fn stop(self: &Arc<Self>, mode: StopMode) -> Done<()> {
         let _change = self.change.lock().await;
-        self.look("stop").await?;
-        let phase = self.phase.lock().clone();
-        let Phase::Up(live) = phase else { return Ok(()) };
+        self.stop_now(mode).await
+    }
+
+    /// Stops it. `change` is held.
+    pub(crate) async fn stop_now(self: &Arc<Self>, mode: StopMode) -> Done<()> {
+        let Some(live) = self.live_now("stop").await? else { return Ok(()) };
+        migration::source::settle(self, &live).await.map_err(self.failed("stop"))?;
+        // A machine that was handed over, or waits for it, hears no power button and must not be let go on.
+        let mode = match live.status().await {
+            Status::Running | Status::Still => mode,
+            Status::Waiting | Status::HandedOver => StopMode::Force,
+        };
         live.stopping.store(true, Ordering::Release);
         let outcome = self.stop_live(&live, mode).await;
         if outcome.is_err() {
@@ -386,21 +424,39 @@ impl Machine {
     pub(crate) async fn set_paused(self: &Arc<Self>, pause: bool) -> Done<()> {
         let (operation, command) = if pause { ("pause", "stop") } else { ("resume", "cont") };
         let _change = self.change.lock().await;
-        self.look(operation).await?;
-        let phase = self.phase.lock().clone();
-        let Phase::Up(live) = phase else {
+        let Some(live) = self.live_now(operation).await? else {
             return Err(DriverError::wrong_state(&self.id, operation, "it does not run; start it first"));
         };
+        if migration::is_handed_over(self, Some(&live)).await.map_err(self.failed(operation))? {
+            return Err(DriverError::wrong_state(&self.id, operation, "it was handed over to another node"));
+        }
+        match live.status().await {
+            Status::Waiting if pause => return Ok(()),
+            Status::Waiting if !migration::target::has_arrived(&live).await => {
+                let reason = "what another node hands over has not arrived yet";
+                return Err(DriverError::wrong_state(&self.id, operation, reason));
+            }
+            _ => {}
+        }
+        if !pause {
+            migration::target::take_over(self, &live).await.map_err(self.failed(operation))?;
+        }
         live.monitor.command(command, None).await.map_err(self.failed(operation))?;
-        live.paused.store(pause, Ordering::Relaxed);
+        if !pause {
+            migration::target::taken_over(self).map_err(self.failed(operation))?;
+        }
         Ok(())
     }
 
     pub(crate) async fn observe(self: &Arc<Self>) -> Done<Observed> {
-        if let Some(live) = self.live("observe").await? {
-            let is_paused = live.is_paused().await;
+        let live = self.live("observe").await?;
+        if migration::is_handed_over(self, live.as_deref()).await.map_err(self.failed("observe"))? {
+            return Ok(Observed::HandedOver);
+        }
+        if let Some(live) = live {
+            let is_paused = matches!(live.status().await, Status::Still | Status::Waiting);
             // It may have ended while it was asked.
-            if !*live.ended.borrow() {
+            if !live.has_ended() {
                 let since: SystemTime = live.run.since();
                 let running = Running { since: Some(since), ip: Some(argv::GUEST_ADDRESS.into()) };
                 return Ok(if is_paused { Observed::Paused(running) } else { Observed::Running(running) });

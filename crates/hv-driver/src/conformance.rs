@@ -6,18 +6,30 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
-use hv_types::{InstanceId, InstanceSpec, Metadata};
+use hv_types::{InstanceId, Metadata};
 
-use crate::{Driver, DriverError, Exit, InstanceConfig, Observed, Result};
+use crate::{Capability, Driver, DriverError, Exit, InstanceConfig, Observed, Result};
 
+mod claims;
+pub mod clones;
+pub mod commands;
+mod counting;
 pub mod fencing;
 pub mod lifecycle;
+pub mod logs;
+pub mod migration;
+pub mod options;
 pub mod output;
 pub mod recovery;
 pub mod refusal;
+pub mod report;
+pub mod snapshots;
+mod subject;
+pub mod updates;
+
+pub use subject::{Counter, Grows, Measured, Subject};
 
 /// How long anything may take that a claim waits for.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -25,101 +37,6 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// What a graceful stop gives the guests of the suite.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// A driver under test, with what only its own tests know. Its guests print [`Subject::greeting`] on their console,
-/// then echo what is typed, and power off when asked to.
-#[async_trait]
-pub trait Subject: Send + Sync {
-    /// A driver over the subject's state, as a new agent process makes it. The one before has been dropped.
-    fn driver(&self) -> Arc<dyn Driver>;
-
-    /// A small instance.
-    fn spec(&self) -> InstanceSpec;
-
-    /// What its guest prints first.
-    fn greeting(&self) -> &str;
-
-    /// Makes an instance one whose guest powers off by itself soon after its start.
-    fn make_short_lived(&self, config: &mut InstanceConfig);
-
-    /// What a crash in the middle of `create` leaves of an instance.
-    fn leave_half_created(&self, config: &InstanceConfig);
-
-    /// Kills the running instance behind the driver's back.
-    async fn kill(&self, id: &InstanceId);
-
-    /// How many copies of an instance run, counted without the driver.
-    fn copies(&self, id: &InstanceId) -> usize;
-
-    /// Everything that lies around of any instance: files, processes.
-    fn leftovers(&self) -> Vec<String>;
-}
-
-/// Makes one test of each claim. `$setup` is an async function that returns an `Option` of a [`Subject`]: `None` if
-/// the runtime is not there, which it has then reported as skipped.
-///
-/// [`Subject`]: crate::conformance::Subject
-#[macro_export]
-macro_rules! driver_conformance {
-    ($setup:path) => {
-        $crate::driver_conformance! { @claims $setup;
-            lifecycle: nothing_is_there_at_first,
-            lifecycle: create_prepares_without_running,
-            lifecycle: create_repeated_changes_nothing,
-            lifecycle: start_repeated_runs_one_copy,
-            lifecycle: a_graceful_stop_ends_the_guest,
-            lifecycle: a_forced_stop_ends_the_guest,
-            lifecycle: a_stopped_instance_starts_again,
-            lifecycle: pause_and_resume_are_idempotent,
-            lifecycle: a_paused_instance_can_be_stopped,
-            lifecycle: delete_leaves_nothing,
-            lifecycle: delete_of_a_running_instance_leaves_nothing,
-            lifecycle: a_half_created_instance_is_completed_by_create,
-            lifecycle: a_half_created_instance_is_found_and_deleted,
-            lifecycle: names_with_commas_quotes_and_umlauts_are_harmless,
-            lifecycle: instances_do_not_disturb_each_other,
-            lifecycle: a_guest_that_powers_off_has_finished,
-            lifecycle: an_unexpected_end_is_told,
-            recovery: a_running_instance_outlives_the_driver,
-            recovery: a_paused_instance_outlives_the_driver,
-            recovery: a_stopped_instance_keeps_its_exit,
-            recovery: a_created_instance_is_found_again,
-            recovery: an_absent_instance_is_absent,
-            recovery: an_end_while_nobody_watched_is_known,
-            recovery: a_kill_while_nobody_watched_is_no_success,
-            recovery: an_end_after_recovery_is_told,
-            recovery: a_handle_of_another_version_does_no_harm,
-            fencing: a_fenced_instance_is_gone_and_starts_again_when_told,
-            fencing: an_instance_is_fenced_while_nobody_drives_it,
-            fencing: fencing_what_does_not_run_does_no_harm,
-            output: the_console_greets_and_echoes,
-            output: two_consoles_see_the_same,
-            output: a_late_console_sees_the_history,
-            output: a_console_ends_with_its_instance,
-            output: a_dropped_console_does_not_disturb,
-            output: the_history_outlives_the_driver,
-            output: logs_are_read_by_lines_also_when_stopped,
-            output: followed_logs_end_with_the_instance,
-            output: counters_never_fall,
-            output: reads_come_at_any_time,
-            refusal: an_unknown_image_is_refused_and_leaves_nothing,
-            refusal: an_unknown_instance_is_not_found,
-            refusal: what_does_not_run_refuses_what_needs_running,
-            refusal: what_it_cannot_do_is_refused_as_unsupported,
-            refusal: the_images_listed_can_be_started,
-        }
-    };
-    (@claims $setup:path; $($family:ident: $claim:ident,)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $claim() {
-                if let Some(subject) = $setup().await {
-                    $crate::conformance::$family::$claim(&subject).await;
-                }
-            }
-        )*
-    };
-}
 
 /// An instance as the suite makes them.
 pub fn config(subject: &dyn Subject) -> InstanceConfig {
@@ -229,4 +146,39 @@ fn assert_wrong_state<T>(outcome: Result<T>, operation: &str) {
         Err(other) => panic!("{operation} was refused otherwise: {other}"),
         Ok(_) => panic!("{operation} was not refused"),
     }
+}
+
+async fn can(driver: &dyn Driver, capability: Capability) -> bool {
+    driver.fingerprint().await.capabilities.contains(&capability)
+}
+
+/// What a driver cannot do it refuses with the reason, which becomes the claim's outcome.
+fn assert_unsupported<T>(outcome: Result<T>, operation: &str) {
+    match outcome {
+        Err(error @ DriverError::Unsupported { .. }) => {
+            let DriverError::Unsupported { reason, .. } = &error else { return };
+            assert!(!reason.trim().is_empty(), "{operation} was refused without a reason");
+            assert!(!error.retryable(), "{operation}");
+            report::refused(reason);
+        }
+        Err(other) => panic!("{operation} is not among the capabilities, and was refused otherwise: {other}"),
+        Ok(_) => panic!("{operation} is not among the capabilities, and was not refused"),
+    }
+}
+
+/// What can be seen of an instance: what it is doing since when, and what lies around.
+#[derive(Debug, PartialEq)]
+struct Seen {
+    observed: Observed,
+    leftovers: Vec<String>,
+    copies: usize,
+}
+
+async fn seen(subject: &dyn Subject, driver: &dyn Driver, id: &InstanceId) -> Seen {
+    let mut observed = driver.observe(id).await.expect("observe");
+    if let Observed::Running(running) | Observed::Paused(running) = &mut observed {
+        // An address may become known at any time.
+        running.ip = None;
+    }
+    Seen { observed, leftovers: subject.leftovers(), copies: subject.copies(id) }
 }

@@ -20,10 +20,27 @@ pub enum FenceTarget {
         /// The file, absolute.
         path: PathBuf,
     },
+    /// As [`Self::LockHolder`], of a runtime that others start: whoever becomes the instance takes the lock first and
+    /// then looks whether the permit is there. So once the permit is gone and the lock is free nothing runs, nor will.
+    Permitted {
+        /// The file that is locked, absolute.
+        lock: PathBuf,
+        /// The file without which nothing starts, absolute. It is removed first.
+        permit: PathBuf,
+    },
     /// A runtime that looks at this file before it believes that the instance runs: the file's existence ends it.
     Marker {
         /// The file, absolute. It holds the time of the end, in microseconds since 1970.
         path: PathBuf,
+    },
+    /// Whatever runs in this control group. Whoever starts the instance holds the lock (flock(2)) from before the
+    /// first process is put into the group until the start is complete, and starts nothing that is not in the group:
+    /// an empty group and a free lock prove that nothing runs and nothing will by itself.
+    Cgroup {
+        /// The group's directory, absolute; in version 1 that of the freezer. It need not exist.
+        path: PathBuf,
+        /// The file that is locked, absolute. It need not exist.
+        lock: PathBuf,
     },
 }
 
@@ -55,21 +72,45 @@ pub fn kill(target: &FenceTarget, zeal: Zeal) -> Outcome {
 /// Kills all of them, once, and waits for them together: many take hardly longer than one. Outcomes in their order.
 #[must_use]
 pub fn kill_all(targets: &[(&FenceTarget, Zeal)]) -> Vec<Outcome> {
+    // Before any lock is looked at: whoever takes one later finds no permit.
+    let withdrawn: Vec<_> = targets.iter().map(|(target, _)| withdraw(target)).collect();
     let locks = targets.iter().filter_map(|(target, zeal)| match target {
-        FenceTarget::LockHolder { path } => Some((path.as_path(), *zeal)),
+        FenceTarget::LockHolder { path } | FenceTarget::Permitted { lock: path, .. } => {
+            Some((path.as_path(), *zeal))
+        }
         FenceTarget::Marker { .. } => None,
+        FenceTarget::Cgroup { lock, .. } => Some((lock.as_path(), *zeal)),
     });
     let mut held = holder::kill_all(&locks.collect::<Vec<_>>()).into_iter();
+    let mut held = || held.next().unwrap_or_else(|| Ok(Outcome::Alive("it was not tried".into())));
     let mut outcome = |target: &FenceTarget| match target {
-        FenceTarget::LockHolder { .. } => {
-            held.next().unwrap_or_else(|| Ok(Outcome::Alive("it was not tried".into())))
-        }
+        FenceTarget::LockHolder { .. } | FenceTarget::Permitted { .. } => held(),
         FenceTarget::Marker { path } => mark(path).map(|()| Outcome::Gone),
+        FenceTarget::Cgroup { path, .. } => match held()? {
+            Outcome::Gone => empty(path),
+            // What is in it already can go; what is about to come makes another try necessary.
+            alive @ Outcome::Alive(_) => empty(path).map(|_| alive),
+        },
     };
     let told = |target: &FenceTarget, result: io::Result<Outcome>| {
         result.unwrap_or_else(|error| Outcome::Alive(format!("{}: {error}", target.path().display())))
     };
-    targets.iter().map(|(target, _)| told(target, outcome(target))).collect()
+    let both = |((target, _), withdrawn): (&(&FenceTarget, Zeal), io::Result<()>)| {
+        let seen = outcome(target);
+        told(target, withdrawn.and(seen))
+    };
+    targets.iter().zip(withdrawn).map(both).collect()
+}
+
+/// Takes the permit away, where the target has one.
+fn withdraw(target: &FenceTarget) -> io::Result<()> {
+    match target {
+        FenceTarget::Permitted { permit, .. } => match std::fs::remove_file(permit) {
+            Err(e) if !matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Err(e),
+            _ => Ok(()),
+        },
+        FenceTarget::LockHolder { .. } | FenceTarget::Marker { .. } | FenceTarget::Cgroup { .. } => Ok(()),
+    }
 }
 
 /// Whether it runs, as far as can be told without its driver. `None`: this cannot be told of such a target.
@@ -77,9 +118,25 @@ pub fn kill_all(targets: &[(&FenceTarget, Zeal)]) -> Vec<Outcome> {
 pub fn may_run(target: &FenceTarget) -> Option<bool> {
     match target {
         // What cannot be looked at may run.
-        FenceTarget::LockHolder { path } => Some(!holder::is_free(path).unwrap_or(false)),
+        FenceTarget::LockHolder { path } | FenceTarget::Permitted { lock: path, .. } => {
+            Some(!holder::is_free(path).unwrap_or(false))
+        }
         FenceTarget::Marker { .. } => None,
+        FenceTarget::Cgroup { path, lock } => Some(
+            !holder::is_free(lock).unwrap_or(false)
+                || cgroup::processes(path).map_or(true, |all| !all.is_empty()),
+        ),
     }
+}
+
+/// Kills what is in a control group, and looks whether it is empty.
+fn empty(path: &std::path::Path) -> io::Result<Outcome> {
+    let killed = cgroup::kill(path)?;
+    let left = cgroup::processes(path)?.len();
+    Ok(match left {
+        0 => Outcome::Gone,
+        _ => Outcome::Alive(format!("{} has {left} processes; {killed} killed", path.display())),
+    })
 }
 
 impl FenceTarget {
@@ -87,7 +144,10 @@ impl FenceTarget {
     #[must_use]
     pub fn path(&self) -> &std::path::Path {
         match self {
-            Self::LockHolder { path } | Self::Marker { path } => path,
+            Self::LockHolder { path }
+            | Self::Marker { path }
+            | Self::Cgroup { path, .. }
+            | Self::Permitted { lock: path, .. } => path,
         }
     }
 }
@@ -111,6 +171,25 @@ fn mark(path: &std::path::Path) -> io::Result<()> {
 }
 
 #[cfg(target_os = "linux")]
+mod cgroup;
+
+#[cfg(not(target_os = "linux"))]
+mod cgroup {
+    //! Elsewhere there are no control groups.
+
+    use std::io;
+    use std::path::Path;
+
+    pub(super) fn processes(_group: &Path) -> io::Result<Vec<i32>> {
+        Ok(Vec::new())
+    }
+
+    pub(super) fn kill(_group: &Path) -> io::Result<usize> {
+        Err(io::Error::from(io::ErrorKind::Unsupported))
+    }
+}
+
+#[cfg(target_os = "linux")]
 mod holder {
     //! The process that has a locked file as its standard input.
 
@@ -118,12 +197,12 @@ mod holder {
     use std::fs::{self, File};
     use std::io;
     use std::os::fd::OwnedFd;
-    use std::os::unix::fs::MetadataExt as _;
+    use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
     use std::path::Path;
     use std::time::Duration;
 
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    use rustix::fs::FlockOperation;
+    use rustix::fs::{FlockOperation, OFlags};
     use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
     use super::{Outcome, Zeal};
@@ -133,7 +212,9 @@ mod holder {
 
     /// Whether nobody holds the lock. Asked with a shared lock, so that those who ask do not disturb each other.
     pub(super) fn is_free(path: &Path) -> io::Result<bool> {
-        let file = match File::open(path) {
+        // A lock may be a pipe that nobody writes to, which is no reason to wait.
+        let nonblocking = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
+        let file = match File::options().read(true).custom_flags(nonblocking).open(path) {
             Ok(file) => file,
             // Never started, or deleted, which precedes its end.
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(true),
@@ -277,6 +358,25 @@ mod tests {
         drop(held);
         assert_eq!(kill(&target, Zeal::Instance), Outcome::Gone);
         std::fs::remove_file(&path).unwrap();
+        assert_eq!(kill(&target, Zeal::Instance), Outcome::Gone);
+    }
+
+    #[test]
+    fn a_permit_is_withdrawn_before_the_lock_is_looked_at() {
+        let dir = std::env::temp_dir().join(format!("hv-fence-permit-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let (lock, permit) = (dir.join("lock"), dir.join("permit"));
+        std::fs::write(&permit, "").unwrap();
+        let mut child = Command::new("sleep").arg("60").stdin(Stdio::from(locked(&lock))).spawn().unwrap();
+        let target = FenceTarget::Permitted { lock, permit: permit.clone() };
+        assert_eq!(may_run(&target), Some(true));
+        assert_eq!(kill(&target, Zeal::Instance), Outcome::Gone);
+        assert!(!permit.exists());
+        assert!(!child.wait().unwrap().success());
+        // A permit that cannot be taken away is a start that cannot be ruled out.
+        std::fs::create_dir(&permit).unwrap();
+        assert!(matches!(kill(&target, Zeal::Instance), Outcome::Alive(_)));
+        std::fs::remove_dir_all(&dir).unwrap();
         assert_eq!(kill(&target, Zeal::Instance), Outcome::Gone);
     }
 

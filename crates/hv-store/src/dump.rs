@@ -85,7 +85,7 @@ fn value(keys: &Keys, kv: &KeyValue) -> Option<Value> {
         Key::InstanceSet { .. } => decoded::<messages::InstanceSetRecord>(kv),
         Key::Cluster => decoded::<messages::ClusterRecord>(kv),
         // Names hold ids, leaders and requests messages of their own.
-        Key::Other => {
+        Key::NodeHold(_) | Key::Other => {
             let text = std::str::from_utf8(&kv.value).ok()?;
             text.chars().all(|c| c.is_ascii_graphic()).then(|| Value::String(text.to_owned()))
         }

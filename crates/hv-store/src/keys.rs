@@ -28,6 +28,8 @@ pub enum Key<'a> {
     Instance(&'a str),
     /// `leases/nodes/{id}`
     NodeLease(&'a str),
+    /// `holds/nodes/{id}`
+    NodeHold(&'a str),
     /// `events/{id}`
     Event(&'a str),
     /// `operations/{id}`
@@ -84,6 +86,18 @@ impl Keys {
     #[must_use]
     pub fn node_leases(&self) -> Bytes {
         self.key("leases/nodes/")
+    }
+
+    /// While it is there nothing new is bound to the node; leased.
+    #[must_use]
+    pub fn node_hold(&self, id: &NodeId) -> Bytes {
+        self.key(&format!("holds/nodes/{id}"))
+    }
+
+    /// All holds of nodes.
+    #[must_use]
+    pub fn node_holds(&self) -> Bytes {
+        self.key("holds/nodes/")
     }
 
     /// One instance.
@@ -199,6 +213,7 @@ impl Keys {
             "nodes" => Key::Node(id),
             "instances" => Key::Instance(id),
             "leases/nodes" => Key::NodeLease(id),
+            "holds/nodes" => Key::NodeHold(id),
             "events" => Key::Event(id),
             "operations" => Key::Operation(id),
             "config" if id == "cluster" => Key::Cluster,

@@ -56,6 +56,8 @@ points! {
     AgentStopAfter = "agent.stop.after",
     AgentDeleteBefore = "agent.delete.before",
     AgentDeleteAfter = "agent.delete.after",
+    AgentUpdateBefore = "agent.update.before",
+    AgentUpdateAfter = "agent.update.after",
     AgentJournalBeforeFinish = "agent.journal.before_finish",
     AgentReportBefore = "agent.report.before",
     AgentReportAfter = "agent.report.after",

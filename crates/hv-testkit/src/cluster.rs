@@ -74,6 +74,8 @@ pub struct AgentOptions {
     pub servers: Vec<usize>,
     /// Where its state is; `None`: in the cluster's directory.
     pub state_dir: Option<PathBuf>,
+    /// More variables.
+    pub env: Vec<(&'static str, String)>,
 }
 
 struct Agent {
@@ -243,6 +245,7 @@ impl Cluster {
             env.push(("HYPERVISOR_AGENT_CAPACITY_CPU_CORES", cores.to_string()));
             env.push(("HYPERVISOR_AGENT_CAPACITY_MEMORY", memory_bytes.to_string()));
         }
+        env.extend(options.env.iter().cloned());
         let log = self.dir().join(format!("agent-{index}.log"));
         let mut process = Process::start_on(host, Program::Agent, &args, &env, &log)?;
         ready(&mut process, &state_dir.join("agent.json")).await?;

@@ -69,11 +69,23 @@ pub enum OperationKind {
     DrainNode,
     /// An instance moves to another node while it runs.
     MigrateInstance,
+    /// What an instance is is kept under a name.
+    SnapshotInstance,
+    /// A snapshot is forgotten.
+    DeleteSnapshot,
+    /// An instance returns to a snapshot.
+    RevertInstance,
 }
 
 impl OperationKind {
     /// Every kind.
-    pub const ALL: [Self; 2] = [Self::DrainNode, Self::MigrateInstance];
+    pub const ALL: [Self; 5] = [
+        Self::DrainNode,
+        Self::MigrateInstance,
+        Self::SnapshotInstance,
+        Self::DeleteSnapshot,
+        Self::RevertInstance,
+    ];
 
     /// As the wire and people spell it.
     #[must_use]
@@ -81,6 +93,9 @@ impl OperationKind {
         match self {
             Self::DrainNode => "drain-node",
             Self::MigrateInstance => "migrate-instance",
+            Self::SnapshotInstance => "snapshot-instance",
+            Self::DeleteSnapshot => "delete-snapshot",
+            Self::RevertInstance => "revert-instance",
         }
     }
 }

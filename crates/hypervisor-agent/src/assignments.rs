@@ -138,7 +138,7 @@ impl Assignments {
 }
 
 /// An assignment as an order, checked.
-fn order_of(assignment: Assignment) -> Result<Order, Invalid> {
+pub(crate) fn order_of(assignment: Assignment) -> Result<Order, Invalid> {
     let instance_type = convert::instance_type_from(assignment.r#type)?
         .ok_or_else(|| Invalid::new("type", assignment.r#type, "must be set"))?;
     Ok(Order {
@@ -160,5 +160,6 @@ fn order_of(assignment: Assignment) -> Result<Order, Invalid> {
         },
         fence: assignment.fence,
         restart_policy: convert::restart_policy_from(assignment.restart_policy)?,
+        migration: Some(assignment.migration_id).filter(|migration| !migration.is_empty()),
     })
 }

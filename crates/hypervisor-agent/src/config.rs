@@ -11,6 +11,8 @@ use hv_telemetry::{LogFormat, LogLevel};
 use hv_types::{InstanceType, NodeId, NodeRole, Resources};
 use serde::{Deserialize, Serialize};
 
+use crate::images;
+
 /// Where the agent keeps its journal and its instances, unless told otherwise.
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/hypervisor/agent";
 /// The least `agent.fencing.margin`.
@@ -26,6 +28,8 @@ pub struct Config {
     pub heartbeat: Heartbeat,
     /// The runtimes.
     pub drivers: Drivers,
+    /// What instances are started from.
+    pub images: images::Settings,
     /// libvirt, by the keys of the guide.
     pub libvirt: Libvirt,
     /// containerd, by the keys of the guide.
@@ -187,48 +191,72 @@ pub struct Fake {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Libvirt {
-    /// Whether it is asked for.
+    /// Whether it is used.
     pub enabled: bool,
     /// Connection.
     pub uri: String,
-    /// Network of instances that name none.
+    /// Network of instances that name none; `user` needs none.
     pub default_network: String,
-    /// Storage pool of their disks.
+    /// Storage pool of their disks; empty: in the state directory.
     pub default_storage_pool: String,
     /// Where images are.
-    pub image_path: String,
+    pub image_path: PathBuf,
 }
 
 /// containerd.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Containerd {
-    /// Whether it is asked for.
+    /// Whether it is used; it is also where `agent.supported_instance_types` names `container`.
     pub enabled: bool,
     /// Socket.
-    pub address: String,
+    pub address: PathBuf,
     /// Namespace.
     pub namespace: String,
     /// Snapshotter.
     pub snapshotter: String,
+    /// The runtime's shim.
+    pub runtime: String,
+    /// Under which control group every container gets one of its own.
+    pub cgroup_parent: String,
+    /// Where the standard CNI plugins are; unset: in the usual places.
+    pub cni_bin_dir: Option<PathBuf>,
+    /// The bridge that containers are connected to.
+    pub bridge: String,
+    /// The bridge's network.
+    pub subnet: String,
+    /// Whether what containers send elsewhere goes out under the node's address.
+    pub masquerade: bool,
+    /// Where the volumes are, each a directory of its name; unset: there are none.
+    pub volumes_dir: Option<PathBuf>,
 }
 
 /// Firecracker.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Firecracker {
-    /// Whether it is asked for.
+    /// Whether it is used; it is also where `agent.supported_instance_types` names `microvm`.
     pub enabled: bool,
-    /// Program.
-    pub binary_path: String,
-    /// Kernel of guests that name none.
-    pub kernel_path: String,
-    /// Root drive of guests that name none.
-    pub root_drive_path: String,
-    /// Directory of API sockets.
-    pub socket_path: String,
-    /// Directory of logs.
-    pub log_path: String,
+    /// Program; empty: from PATH.
+    pub binary_path: PathBuf,
+    /// The jailer; unset: beside the program, else from PATH.
+    pub jailer_path: Option<PathBuf>,
+    /// Whether each microVM is jailed: a user, a root directory and a control group of its own. Needs root.
+    pub use_jailer: bool,
+    /// The first user id of jailed microVMs.
+    pub uid_base: u32,
+    /// Kernel of guests that name none, if the file is there.
+    pub kernel_path: PathBuf,
+    /// Root drive of guests that name a kernel and no image, if the file is there.
+    pub root_drive_path: PathBuf,
+    /// Where images are; unset: `images` in the state directory.
+    pub image_dir: Option<PathBuf>,
+    /// The bridge of guests with a network; unset: such guests are refused.
+    pub bridge: Option<String>,
+    /// A key of the guide: sockets lie in the state directory, where nobody else can reach them.
+    pub socket_path: PathBuf,
+    /// A key of the guide: logs lie in the state directory.
+    pub log_path: PathBuf,
 }
 
 /// Certificates.
@@ -310,7 +338,7 @@ impl Default for Libvirt {
             enabled: false,
             uri: "qemu:///system".into(),
             default_network: "default".into(),
-            default_storage_pool: "default".into(),
+            default_storage_pool: String::new(),
             image_path: "/var/lib/libvirt/images".into(),
         }
     }
@@ -323,6 +351,13 @@ impl Default for Containerd {
             address: "/run/containerd/containerd.sock".into(),
             namespace: "hypervisor".into(),
             snapshotter: "overlayfs".into(),
+            runtime: "io.containerd.runc.v2".into(),
+            cgroup_parent: "/hypervisor".into(),
+            cni_bin_dir: None,
+            bridge: "hv-containers".into(),
+            subnet: "10.88.0.0/16".into(),
+            masquerade: true,
+            volumes_dir: None,
         }
     }
 }
@@ -331,7 +366,12 @@ impl Default for Firecracker {
     fn default() -> Self {
         Self {
             enabled: false,
-            binary_path: "/usr/bin/firecracker".into(),
+            binary_path: PathBuf::new(),
+            jailer_path: None,
+            use_jailer: true,
+            uid_base: 200_000,
+            image_dir: None,
+            bridge: None,
             kernel_path: "/var/lib/hypervisor/firecracker/vmlinux".into(),
             root_drive_path: "/var/lib/hypervisor/firecracker/rootfs.ext4".into(),
             socket_path: "/run/hypervisor/firecracker".into(),

@@ -9,6 +9,7 @@ use hv_types::{InstanceId, InstanceType, NodeId};
 
 use crate::entry::Entry;
 use crate::fencing::{Guard, Seam};
+use crate::images::Images;
 use crate::journal::{Journal, JournalError};
 use crate::plan::Step;
 use crate::reporter::Reports;
@@ -28,6 +29,8 @@ pub struct Tuning {
     pub inventory_every: Duration,
     /// How long a driver may take to look at an instance, or to list what it has.
     pub look_deadline: Duration,
+    /// How long the fetch of an image may take. It goes on where it was when it is tried again.
+    pub fetch_deadline: Duration,
     /// How long a driver may take to create an instance.
     pub create_deadline: Duration,
     /// How long a driver may take for any other step; for a stop, on top of the guest's own time.
@@ -81,6 +84,7 @@ impl Default for Tuning {
             look_every: Duration::from_secs(10),
             inventory_every: Duration::from_mins(1),
             look_deadline: Duration::from_secs(15),
+            fetch_deadline: Duration::from_hours(6),
             create_deadline: Duration::from_mins(10),
             step_deadline: Duration::from_mins(2),
             machine: Machine::Real,
@@ -95,7 +99,9 @@ impl Tuning {
         match step {
             Step::Create => self.create_deadline,
             Step::Stop => self.step_deadline + guest_time,
-            Step::Start | Step::Pause | Step::Resume | Step::Delete => self.step_deadline,
+            Step::Start | Step::Pause | Step::Resume | Step::Delete | Step::TakeBack | Step::Update => {
+                self.step_deadline
+            }
         }
     }
 }
@@ -162,6 +168,7 @@ pub(crate) struct Context {
     pub(crate) journal: Arc<Journal>,
     pub(crate) reports: Reports,
     pub(crate) guard: Arc<Guard>,
+    pub(crate) images: Arc<Images>,
     /// Instances whose journal cannot be read, and why.
     pub(crate) damaged: BTreeMap<InstanceId, String>,
 }

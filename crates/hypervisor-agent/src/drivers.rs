@@ -4,33 +4,96 @@ use std::path::Path;
 use std::sync::Arc;
 
 use hv_driver::Driver;
+use hv_driver_containerd::{ContainerdDriver, ContainerdOptions};
 use hv_driver_fake::{ANNOTATION_PREFIX, FakeDriver, FakeOptions, Script};
+use hv_driver_firecracker::{FirecrackerDriver, FirecrackerOptions};
+use hv_driver_libvirt::{LibvirtDriver, LibvirtOptions};
 use hv_driver_qemu::{QemuDriver, QemuOptions};
-use hv_types::{DriverInfo, InstanceType, Metadata};
+use hv_types::{InstanceType, Metadata};
 
 use crate::config::{Config, Refused};
 use crate::context::DriverSet;
 
-/// The drivers that there are, and those that are asked for and are not.
-pub(crate) struct Chosen {
-    pub(crate) drivers: DriverSet,
-    pub(crate) missing: Vec<DriverInfo>,
-}
-
-/// Makes the drivers that the configuration asks for, each with a directory of its own.
+/// Makes the drivers that the configuration asks for, each with a directory of its own. Where the runtime of one is not
+/// there the driver says so.
 ///
 /// # Errors
 /// The fake's script is not understood.
-pub(crate) fn choose(config: &Config) -> Result<Chosen, Refused> {
+pub(crate) fn choose(config: &Config) -> Result<DriverSet, Refused> {
     let state_dir = &config.agent.state_dir;
     let mut drivers: Vec<Arc<dyn Driver>> = Vec::new();
+    // Of two for one type new instances go to the first.
+    if config.libvirt.enabled {
+        drivers.push(Arc::new(LibvirtDriver::new(libvirt_options(config, state_dir))));
+    }
     if config.drivers.qemu.enabled {
         drivers.push(Arc::new(QemuDriver::new(qemu_options(config, state_dir))));
+    }
+    if config.containerd.enabled || is_named(config, InstanceType::Container) {
+        drivers.push(Arc::new(ContainerdDriver::new(containerd_options(config, state_dir))));
+    }
+    if config.firecracker.enabled || is_named(config, InstanceType::Microvm) {
+        drivers.push(Arc::new(FirecrackerDriver::new(firecracker_options(config, state_dir))));
     }
     if config.drivers.fake.enabled {
         drivers.push(Arc::new(FakeDriver::new(fake_options(config, state_dir)?)));
     }
-    Ok(Chosen { drivers: DriverSet::new(drivers), missing: missing(config) })
+    Ok(DriverSet::new(drivers))
+}
+
+/// Whether the node is to run this type, and nothing else of the configuration says what runs it.
+fn is_named(config: &Config, instance_type: InstanceType) -> bool {
+    let fake = &config.drivers.fake;
+    config.agent.supported_instance_types.contains(&instance_type)
+        && !(fake.enabled && fake.instance_type == instance_type)
+}
+
+fn libvirt_options(config: &Config, state_dir: &Path) -> LibvirtOptions {
+    let libvirt = &config.libvirt;
+    LibvirtOptions {
+        uri: libvirt.uri.clone(),
+        state_dir: state_dir.join("libvirt"),
+        image_dir: libvirt.image_path.clone(),
+        default_network: libvirt.default_network.clone(),
+        default_storage_pool: libvirt.default_storage_pool.clone(),
+        ..LibvirtOptions::default()
+    }
+}
+
+fn containerd_options(config: &Config, state_dir: &Path) -> ContainerdOptions {
+    let containerd = &config.containerd;
+    ContainerdOptions {
+        state_dir: state_dir.join("containerd"),
+        address: containerd.address.clone(),
+        namespace: containerd.namespace.clone(),
+        snapshotter: containerd.snapshotter.clone(),
+        runtime: containerd.runtime.clone(),
+        cgroup_parent: containerd.cgroup_parent.clone(),
+        cni_bin_dir: containerd.cni_bin_dir.clone(),
+        bridge: containerd.bridge.clone(),
+        subnet: containerd.subnet.clone(),
+        masquerade: containerd.masquerade,
+        volumes_dir: containerd.volumes_dir.clone(),
+        ..ContainerdOptions::default()
+    }
+}
+
+fn firecracker_options(config: &Config, state_dir: &Path) -> FirecrackerOptions {
+    let firecracker = &config.firecracker;
+    let there = |path: &Path| path.exists().then(|| path.to_owned());
+    let named = |path: &Path| (!path.as_os_str().is_empty()).then(|| path.to_owned());
+    FirecrackerOptions {
+        state_dir: state_dir.join("firecracker"),
+        image_dir: firecracker.image_dir.clone().unwrap_or_else(|| state_dir.join("images")),
+        binary: named(&firecracker.binary_path),
+        jailer: firecracker.jailer_path.clone(),
+        use_jailer: firecracker.use_jailer,
+        default_kernel: there(&firecracker.kernel_path),
+        default_root_drive: there(&firecracker.root_drive_path),
+        uid_base: firecracker.uid_base,
+        bridge: firecracker.bridge.clone(),
+        ..FirecrackerOptions::default()
+    }
 }
 
 fn qemu_options(config: &Config, state_dir: &Path) -> QemuOptions {
@@ -62,51 +125,26 @@ fn fake_options(config: &Config, state_dir: &Path) -> Result<FakeOptions, Refuse
     })
 }
 
-/// Runtimes of the guide that this release does not have: shown as unhealthy where they are asked for, so that nobody
-/// waits for them in vain.
-fn missing(config: &Config) -> Vec<DriverInfo> {
-    let types = &config.agent.supported_instance_types;
-    let asked = [
-        ("libvirt", InstanceType::Vm, config.libvirt.enabled),
-        (
-            "containerd",
-            InstanceType::Container,
-            config.containerd.enabled || types.contains(&InstanceType::Container),
-        ),
-        (
-            "firecracker",
-            InstanceType::Microvm,
-            config.firecracker.enabled || types.contains(&InstanceType::Microvm),
-        ),
-    ];
-    let info = |(name, instance_type, _): (&str, InstanceType, bool)| DriverInfo {
-        name: name.to_owned(),
-        instance_type,
-        healthy: false,
-        version: String::new(),
-        message: format!(
-            "the {name} driver comes with a later release; take it out of the agent's configuration"
-        ),
-        capabilities: Vec::new(),
-        images_are_local: true,
-    };
-    let is_run_otherwise =
-        |instance_type| config.drivers.fake.enabled && config.drivers.fake.instance_type == instance_type;
-    asked.into_iter().filter(|(_, of, asked)| *asked && !is_run_otherwise(*of)).map(info).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_runtime_of_a_later_release_is_shown_only_where_it_is_asked_for() {
+    fn a_type_that_the_node_is_to_run_gets_its_driver() {
+        let names = |config: &Config| -> Vec<_> {
+            choose(config).unwrap().all().iter().map(|driver| driver.name()).collect()
+        };
         let mut config = Config::default();
-        assert!(missing(&config).is_empty());
+        config.agent.state_dir = "state".into();
+        assert_eq!(names(&config), ["qemu"]);
         config.agent.supported_instance_types = vec![InstanceType::Vm, InstanceType::Container];
+        assert_eq!(names(&config), ["qemu", "containerd"]);
+        config.drivers.fake.enabled = true;
+        config.drivers.fake.instance_type = InstanceType::Container;
+        assert_eq!(names(&config), ["qemu", "fake"]);
         config.firecracker.enabled = true;
-        let names: Vec<_> = missing(&config).into_iter().map(|info| (info.name, info.healthy)).collect();
-        assert_eq!(names, [("containerd".to_owned(), false), ("firecracker".to_owned(), false)]);
+        config.libvirt.enabled = true;
+        assert_eq!(names(&config), ["libvirt", "qemu", "firecracker", "fake"]);
     }
 
     #[test]

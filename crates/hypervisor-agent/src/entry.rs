@@ -9,13 +9,15 @@ use std::time::SystemTime;
 
 use hv_driver::{Exit, Handle, InstanceConfig};
 use hv_types::instance::{RestartPolicy, StopOptions};
-use hv_types::{Epoch, InstanceId, InstanceType, Wanted};
+use hv_types::{Epoch, InstanceId, InstanceSpec, InstanceType, Wanted};
 use serde::{Deserialize, Serialize};
 
 use crate::fencing::clock::Moment;
 
 /// Version of the entries that this code writes, and the highest that it reads.
-pub(crate) const ENTRY_SCHEMA: u32 = 2;
+pub(crate) const ENTRY_SCHEMA: u32 = 3;
+/// Of how many migrations it is remembered that they were aborted here.
+const MAX_ENDED: usize = 8;
 
 /// How an instance came to this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +29,8 @@ pub(crate) enum Origin {
     Local,
     /// A driver has it and nobody knows why. It is shown to the control plane and otherwise left alone.
     Found,
+    /// It waits here for another node to hand it over, and is not bound to this one.
+    Incoming,
 }
 
 /// What the control plane wants of an instance.
@@ -42,6 +46,16 @@ pub(crate) struct Order {
     /// It may be started elsewhere when this node is lost.
     pub(crate) fence: bool,
     pub(crate) restart_policy: RestartPolicy,
+    /// It was handed over to this node by this migration, and goes on from what waits here.
+    pub(crate) migration: Option<String>,
+}
+
+/// A hand-over to another node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Outgoing {
+    pub(crate) migration: String,
+    /// It is to go on here.
+    pub(crate) aborting: bool,
 }
 
 /// A moment of a boot of this node, as the journal keeps it.
@@ -115,6 +129,46 @@ pub(crate) struct Entry {
     pub(crate) restart_policy: RestartPolicy,
     #[serde(default)]
     pub(crate) restarts: Restarts,
+
+    // Since schema 3.
+    /// The migration that hands it over to this node, while it waits for that.
+    #[serde(default)]
+    pub(crate) incoming: Option<String>,
+    /// The migration that hands it over to another node. From before that begins until the control plane has taken it
+    /// away or had it aborted nothing starts it here, whatever becomes of it.
+    #[serde(default)]
+    pub(crate) outgoing: Option<Outgoing>,
+    /// Migrations that were aborted here, the latest last: a request that was late on its way begins none of them anew.
+    #[serde(default)]
+    pub(crate) ended_migrations: Vec<String>,
+
+    /// What its driver was told that it is, where that is not what it is to be: the driver is still to be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) told: Option<Box<Told>>,
+    /// What of its specification takes effect at the next start only, and why; empty for nothing.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) update_note: String,
+    /// Its driver is to be told again before the next start.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) tell_again: bool,
+}
+
+/// The part of a configuration that drivers can change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Told {
+    pub(crate) name: String,
+    pub(crate) spec: InstanceSpec,
+}
+
+impl Told {
+    /// Of a configuration.
+    pub(crate) fn of(config: &InstanceConfig) -> Self {
+        Self { name: config.name.clone(), spec: config.spec.clone() }
+    }
+
+    fn is_as(&self, config: &InstanceConfig) -> bool {
+        self.name == config.name && self.spec == config.spec
+    }
 }
 
 /// Whether an order changed something.
@@ -158,6 +212,12 @@ impl Entry {
             fence: false,
             restart_policy: RestartPolicy::Never,
             restarts: Restarts::default(),
+            incoming: None,
+            outgoing: None,
+            ended_migrations: Vec::new(),
+            told: None,
+            update_note: String::new(),
+            tell_again: false,
         }
     }
 
@@ -189,6 +249,15 @@ impl Entry {
         entry
     }
 
+    /// An instance that another node is about to hand over.
+    pub(crate) fn incoming(order: Order, migration: String, driver: &str) -> Self {
+        let mut entry = Self::blank(order.config, order.instance_type, Origin::Incoming);
+        entry.epoch = order.epoch;
+        entry.incoming = Some(migration);
+        entry.driver = Some(driver.to_owned());
+        entry
+    }
+
     /// Which instance.
     pub(crate) fn id(&self) -> &InstanceId {
         &self.config.id
@@ -209,13 +278,33 @@ impl Entry {
             self.restarts = Restarts::default();
         }
         self.discard |= is_new_life && is_going && !self.gone;
+        // What waits here is taken up by the binding that the migration led to, and by no other.
+        let takes_up = order.migration.is_some() && self.incoming == order.migration;
+        self.discard |= self.incoming.is_some() && !takes_up && !self.gone;
+        if order.epoch > self.epoch {
+            self.incoming = None;
+            // What was about to be handed over stands still, or may yet: it is no part of a later life.
+            self.discard |= self.outgoing.take().is_some() && !self.gone;
+        }
         if self.gone {
             self.created = false;
             self.handle = None;
             self.last_exit = None;
         }
-        self.restart_pending |= order.restart_generation > self.restart_generation;
+        // What was handed over is never made anew: if it is not there any more, it is lost.
+        self.created |= order.migration.is_some() && !self.discard;
+        let is_restart = order.migration.is_none() || order.epoch == self.epoch;
+        self.restart_pending |= is_restart && order.restart_generation > self.restart_generation;
+        if self.serial > 0 {
+            let told = self.told.take().unwrap_or_else(|| Box::new(Told::of(&self.config)));
+            self.tell_of(*told, &order.config);
+        }
+        if is_new_life || self.gone {
+            self.forget_updates();
+        }
+        let image = self.config.image.take().filter(|_| self.config.spec.image == order.config.spec.image);
         self.config = order.config;
+        self.config.image = self.config.image.take().or(image);
         self.instance_type = order.instance_type;
         self.origin = Origin::Assigned;
         self.epoch = order.epoch;
@@ -231,11 +320,32 @@ impl Entry {
         self.changed();
     }
 
+    /// The driver was told this; it is to be told again where that is not what the instance is to be.
+    fn tell_of(&mut self, told: Told, config: &InstanceConfig) {
+        self.told = (!told.is_as(config)).then(|| Box::new(told));
+    }
+
+    /// The driver was told this, and says that so much waits for the next start; empty: nothing does.
+    pub(crate) fn updated(&mut self, told: Told, note: String, runs: bool) {
+        let config = self.config.clone();
+        self.tell_of(told, &config);
+        self.tell_again = runs && !note.is_empty();
+        self.update_note = note;
+    }
+
+    /// What is made is made as it is to be.
+    pub(crate) fn forget_updates(&mut self) {
+        self.told = None;
+        self.tell_again = false;
+        self.update_note.clear();
+    }
+
     /// Takes an order, if it is newer than what is known.
     pub(crate) fn order(&mut self, order: Order) -> Taken {
         let known = self.origin == Origin::Assigned
             && (order.epoch, order.generation) <= (self.epoch, self.generation);
-        if known || self.origin == Origin::Local {
+        let waits = self.origin == Origin::Incoming && order.epoch <= self.epoch;
+        if known || waits || self.origin == Origin::Local {
             let is_same = known && (order.epoch, order.generation) == (self.epoch, self.generation);
             let policies = (order.fence, order.restart_policy);
             if is_same && policies != (self.fence, self.restart_policy) {
@@ -256,6 +366,13 @@ impl Entry {
         self.changed();
     }
 
+    /// What is wanted is to be reached again, as what was there is about to change.
+    pub(crate) fn pursue_again(&mut self) {
+        self.serial += 1;
+        self.pending = true;
+        self.restarts.due = None;
+    }
+
     /// A user of this node wants a restart.
     pub(crate) fn want_restart(&mut self) {
         self.restart_pending = true;
@@ -274,6 +391,23 @@ impl Entry {
             self.want(Wanted::Deleted);
         }
         Taken::Newer
+    }
+
+    /// A migration is given up: it never begins again here, and what was handed over by it is to go on.
+    pub(crate) fn abort_migration(&mut self, migration: &str) {
+        if !self.has_ended(migration) {
+            self.ended_migrations.push(migration.to_owned());
+            let surplus = self.ended_migrations.len().saturating_sub(MAX_ENDED);
+            self.ended_migrations.drain(..surplus);
+        }
+        if let Some(outgoing) = &mut self.outgoing {
+            outgoing.aborting |= outgoing.migration == migration;
+        }
+    }
+
+    /// Whether a migration was aborted here.
+    pub(crate) fn has_ended(&self, migration: &str) -> bool {
+        self.ended_migrations.iter().any(|ended| ended == migration)
     }
 
     /// What is wanted is reached.
@@ -316,6 +450,7 @@ mod tests {
             stop: StopOptions::default(),
             fence: false,
             restart_policy: RestartPolicy::Never,
+            migration: None,
         }
     }
 

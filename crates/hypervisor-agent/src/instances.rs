@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::context::Context;
 use crate::entry::{Entry, Order, Origin};
 use crate::view::{Shown, View};
-use crate::worker::{Command, Worker};
+use crate::worker::{Asked, Command, Refusal, SnapshotOrder, SnapshotWish, Snapshots, Wish, Worker};
 
 /// Commands that wait for one worker.
 const COMMAND_QUEUE: usize = 32;
@@ -125,6 +125,33 @@ impl Instances {
             _ => None,
         })
         .await;
+    }
+
+    /// Makes room for an instance that another node is about to hand over, unless it is here already.
+    pub(crate) fn expect(self: &Arc<Self>, entry: Entry) {
+        let id = entry.id().clone();
+        self.known.lock().entry(id).or_insert_with(|| self.spawn(entry, true, 0));
+    }
+
+    /// Has an instance's worker do something about a migration; what the driver says of its target.
+    ///
+    /// # Errors
+    /// There is no such instance, or it cannot be.
+    pub(crate) async fn migrate(
+        self: &Arc<Self>,
+        id: &InstanceId,
+        wish: Wish,
+    ) -> Result<serde_json::Value, ServiceError> {
+        let (answer, answered) = oneshot::channel();
+        let command = Command::Migration(Box::new(Asked { wish, answer }));
+        if !self.deliver(id, command, |_| None).await {
+            self.follow(id)?;
+        }
+        answered.await.unwrap_or_else(|_| {
+            Err(ServiceError::unavailable(format!(
+                "instance {id} went away, or the agent is stopping; try again"
+            )))
+        })
     }
 
     /// The control plane told the node to forget an instance. One that only a driver knows is removed as well.
@@ -245,6 +272,27 @@ impl Instances {
         let view = worker.view.clone();
         known.insert(id, worker);
         Ok(view)
+    }
+
+    /// Does something with the snapshots of an instance, when nothing else is done with it.
+    ///
+    /// # Errors
+    /// There is no such instance, its state does not allow it, or the driver refuses it.
+    pub(crate) async fn snapshots(
+        self: &Arc<Self>,
+        id: &InstanceId,
+        epoch: Option<Epoch>,
+        wish: SnapshotWish,
+    ) -> Result<Snapshots, Refusal> {
+        let (answer, answered) = oneshot::channel();
+        let order = Box::new(SnapshotOrder { wish, epoch, answer });
+        if !self.deliver(id, Command::Snapshot(order), |_| None).await {
+            self.follow(id).map_err(Refusal::Agent)?;
+        }
+        answered.await.unwrap_or_else(|_| {
+            let text = format!("instance {id} went away, or the agent is stopping; try again");
+            Err(Refusal::Agent(ServiceError::unavailable(text)))
+        })
     }
 
     /// A user of this node wants something of an instance. Answers when it is remembered, with its serial number.

@@ -154,8 +154,6 @@ pub(crate) struct Inventor {
     pub(crate) inventory: watch::Sender<Option<Inventory>>,
     pub(crate) capacity: Resources,
     pub(crate) allocatable: Resources,
-    /// Drivers that are asked for and that this release does not have.
-    pub(crate) missing: Vec<DriverInfo>,
     /// Only these types; empty: all.
     pub(crate) types: Vec<InstanceType>,
 }
@@ -188,9 +186,15 @@ impl Inventor {
             drivers.push(info);
             images.extend(found);
         }
-        drivers.extend(self.missing.iter().cloned());
         let conditions = drivers.iter().map(condition_of).chain(self.journal_condition()).collect();
         drivers.retain(|info| self.types.is_empty() || self.types.contains(&info.instance_type));
+        for image in self.context.images.list() {
+            let is_known =
+                |known: &ImageInfo| (&known.name, known.instance_type) == (&image.name, image.instance_type);
+            if !images.iter().any(is_known) {
+                images.push(image);
+            }
+        }
         if images.len() > MAX_IMAGES {
             tracing::warn!(images = images.len(), "only the first {MAX_IMAGES} images are reported");
             images.truncate(MAX_IMAGES);

@@ -19,6 +19,7 @@ mod context;
 mod drivers;
 mod entry;
 pub mod fencing;
+mod images;
 mod instances;
 mod inventory;
 mod journal;
@@ -47,8 +48,9 @@ use crate::assignments::Assignments;
 use crate::backoff::Backoff;
 use crate::config::{Config, Refused};
 use crate::context::Context;
-use crate::drivers::{Chosen, choose};
+use crate::drivers::choose;
 use crate::fencing::{Fencers, Guard, Keeper};
+use crate::images::Images;
 use crate::instances::Instances;
 use crate::inventory::Inventor;
 use crate::journal::{Journal, NodeFile};
@@ -86,6 +88,9 @@ pub enum AgentError {
         /// What was asked for.
         asked: String,
     },
+    /// The image store cannot be used.
+    #[error("the image store cannot be opened; see images in the configuration")]
+    Images(#[from] hv_image::ImageError),
     /// The server's address or certificates cannot be used.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -147,11 +152,11 @@ pub async fn run(config: Config, shutdown: Shutdown) -> Result<(), AgentError> {
 /// # Errors
 /// It cannot start.
 pub async fn start(config: Config, shutdown: Shutdown) -> Result<Agent, AgentError> {
-    let chosen = choose(&config)?;
+    let drivers = choose(&config)?;
     let mut tuning = Tuning::default();
     // By this name because the file may have been replaced by a newer release's since this process began.
     tuning.fencing.fencers = Fencers::Process { program: "/proc/self/exe".into() };
-    launch(config, chosen, tuning, shutdown).await
+    launch(config, drivers, tuning, shutdown).await
 }
 
 /// Starts the agent with drivers and bounds of the caller's choice, for tests.
@@ -164,17 +169,17 @@ pub async fn start_with(
     tuning: Tuning,
     shutdown: Shutdown,
 ) -> Result<Agent, AgentError> {
-    launch(config, Chosen { drivers, missing: Vec::new() }, tuning, shutdown).await
+    launch(config, drivers, tuning, shutdown).await
 }
 
 async fn launch(
     config: Config,
-    chosen: Chosen,
+    drivers: DriverSet,
     tuning: Tuning,
     shutdown: Shutdown,
 ) -> Result<Agent, AgentError> {
     config.check()?;
-    let Opened { context, keeper, entries, cluster_id } = open(&config, chosen.drivers, tuning).await?;
+    let Opened { context, keeper, entries, cluster_id } = open(&config, drivers, tuning).await?;
     shutdown.spawn("fencing", Box::pin(keeper.run(shutdown.token())));
     let grpc = serve::listen("agent.grpc_address", &config.grpc_address()).await?;
     let http = serve::listen("agent.http_address", &config.agent.http_address).await?;
@@ -196,7 +201,7 @@ async fn launch(
         instances.adopt(entry);
     }
     spawn_driver_tasks(&instances, &shutdown);
-    let inventory = spawn_inventory(&config, &context, chosen.missing, &shutdown);
+    let inventory = spawn_inventory(&config, &context, &shutdown);
     let servers = Servers::new(config.client_options())?;
     spawn_control(&config, &instances, servers, inventory, &health, grpc_at.port(), cluster_id, &shutdown)
         .await?;
@@ -234,7 +239,7 @@ pub async fn start_portless(
         instances.adopt(entry);
     }
     spawn_driver_tasks(&instances, &shutdown);
-    let inventory = spawn_inventory(&config, &context, Vec::new(), &shutdown);
+    let inventory = spawn_inventory(&config, &context, &shutdown);
     let health = Health::new();
     let options = config.client_options().swap_remove(0);
     spawn_control(
@@ -267,6 +272,8 @@ async fn open(config: &Config, drivers: DriverSet, mut tuning: Tuning) -> Result
     }
     let dir = config.agent.state_dir.clone();
     let asked = config.agent.node_id.clone();
+    let image_settings = config.images.clone();
+    let is_real = matches!(tuning.machine, Machine::Real);
     let opened = tuning.machine.block_on(move || {
         let journal = Journal::open(&dir)?;
         serve::withdraw(&dir)?;
@@ -283,9 +290,13 @@ async fn open(config: &Config, drivers: DriverSet, mut tuning: Tuning) -> Result
                 .save_node(&NodeFile { node_id: Some(id.clone()), cluster_id: node.cluster_id.clone() })?;
         }
         let contents = journal.read_all()?;
-        Ok((journal, id, node.cluster_id, contents))
+        let images = if is_real { Images::open(&image_settings, &dir)? } else { Images::default() };
+        Ok((journal, id, node.cluster_id, contents, images))
     });
-    let (journal, id, cluster_id, contents) = opened.await?;
+    let (journal, id, cluster_id, contents, images) = opened.await?;
+    if contents.damaged.is_empty() {
+        images.release_all_but(&contents.entries.iter().map(|entry| entry.id().clone()).collect()).await;
+    }
     for (id, why) in &contents.damaged {
         tracing::error!(instance = %id, why, "its journal is damaged; it is left alone");
     }
@@ -305,6 +316,7 @@ async fn open(config: &Config, drivers: DriverSet, mut tuning: Tuning) -> Result
         tuning,
         journal: Arc::new(journal),
         reports: Reports::default(),
+        images: Arc::new(images),
         damaged: contents.damaged,
     };
     Ok(Opened { context: Arc::new(context), keeper, entries: contents.entries, cluster_id })
@@ -325,6 +337,8 @@ fn spawn_driver_tasks(instances: &Arc<Instances>, shutdown: &Shutdown) {
             stopping.run_until_cancelled(follow).await;
         });
     }
+    let collecting = Arc::clone(&instances.context().images).collect_forever(shutdown.token());
+    shutdown.spawn("collection of images", collecting);
     let (instances, stopping) = (Arc::clone(instances), shutdown.token());
     shutdown.spawn("first search", async move {
         stopping.run_until_cancelled(instances.find()).await;
@@ -334,7 +348,6 @@ fn spawn_driver_tasks(instances: &Arc<Instances>, shutdown: &Shutdown) {
 fn spawn_inventory(
     config: &Config,
     context: &Arc<Context>,
-    missing: Vec<hv_types::DriverInfo>,
     shutdown: &Shutdown,
 ) -> watch::Receiver<Option<inventory::Inventory>> {
     let measured = match &context.tuning.machine {
@@ -354,7 +367,6 @@ fn spawn_inventory(
         inventory: sender,
         capacity,
         allocatable: capacity.minus(kept_back),
-        missing,
         types: config.agent.supported_instance_types.clone(),
     };
     shutdown.spawn("inventory", Box::pin(inventor.run(shutdown.token())));

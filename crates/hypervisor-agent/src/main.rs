@@ -159,6 +159,10 @@ impl Flags {
 }
 
 fn main() -> ExitCode {
+    // containerd's shims start this program to keep what containers print.
+    if let Some(ended) = hv_driver_containerd::keeper::run_if_asked() {
+        return ended;
+    }
     let cli = Cli::parse();
     match execute(cli) {
         Ok(()) => ExitCode::SUCCESS,

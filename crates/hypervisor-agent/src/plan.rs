@@ -13,7 +13,7 @@ use hv_driver::{Exit, Handle, Observed};
 use hv_types::instance::RestartPolicy;
 use hv_types::{InstanceState, Wanted};
 
-use crate::entry::{BootMoment, Entry, Origin};
+use crate::entry::{BootMoment, Entry, Origin, Outgoing};
 use crate::fencing::clock::Moment;
 
 /// What people see of an instance that was fenced.
@@ -53,6 +53,9 @@ pub(crate) enum Step {
     Pause,
     Resume,
     Delete,
+    /// What was, or was to be, handed over goes on here.
+    TakeBack,
+    Update,
 }
 
 impl Step {
@@ -65,6 +68,8 @@ impl Step {
             Self::Pause => "pause",
             Self::Resume => "resume",
             Self::Delete => "delete",
+            Self::TakeBack => "abort_migration",
+            Self::Update => "update",
         }
     }
 
@@ -77,6 +82,8 @@ impl Step {
             Self::Pause => "pausing",
             Self::Resume => "resuming",
             Self::Delete => "deleting",
+            Self::TakeBack => "aborting the migration",
+            Self::Update => "updating",
         }
     }
 
@@ -87,7 +94,9 @@ impl Step {
             Self::Start => InstanceState::Starting,
             Self::Stop => InstanceState::Stopping,
             Self::Delete => InstanceState::Deleting,
-            Self::Pause | Self::Resume => match seen {
+            Self::TakeBack => InstanceState::Running,
+            Self::Update if matches!(seen, Observed::Stopped(_)) => InstanceState::Stopped,
+            Self::Update | Self::Pause | Self::Resume => match seen {
                 Observed::Paused(_) => InstanceState::Paused,
                 Observed::Running(_) | Observed::HandedOver | Observed::Stopped(_) | Observed::Absent => {
                     InstanceState::Running
@@ -114,6 +123,8 @@ pub(crate) enum Note {
     Again,
     /// Nothing is left.
     Gone,
+    /// There is nothing to be taken back of what was to be handed over: it ended.
+    TakenBack,
 }
 
 /// What comes next.
@@ -136,6 +147,12 @@ pub(crate) fn next_step(entry: &Entry, seen: &Observed, now: &At<'_>) -> Next {
     if entry.gone {
         return Next::Rest(InstanceState::Deleting, "removed from its node".into());
     }
+    if entry.origin == Origin::Incoming && entry.wanted != Wanted::Deleted {
+        return Next::Rest(InstanceState::Paused, "waits for another node to hand it over".to_owned());
+    }
+    if let Some(outgoing) = entry.outgoing.as_ref().filter(|_| entry.wanted != Wanted::Deleted) {
+        return hand_over(outgoing, seen);
+    }
     if entry.discard {
         return match seen {
             Observed::Absent => Next::Note(Note::Discarded),
@@ -144,7 +161,18 @@ pub(crate) fn next_step(entry: &Entry, seen: &Observed, now: &At<'_>) -> Next {
             }
         };
     }
-    if entry.pending { pursue(entry, seen) } else { rest(entry, seen, now) }
+    let is_there = match seen {
+        Observed::Stopped(_) | Observed::Running(_) | Observed::Paused(_) => entry.created,
+        Observed::Absent | Observed::HandedOver => false,
+    };
+    if is_there && entry.told.is_some() && entry.wanted != Wanted::Deleted {
+        return Next::Do(Step::Update);
+    }
+    let next = if entry.pending { pursue(entry, seen) } else { rest(entry, seen, now) };
+    match next {
+        Next::Do(Step::Start) if entry.tell_again => Next::Do(Step::Update),
+        next => next,
+    }
 }
 
 fn pursue(entry: &Entry, seen: &Observed) -> Next {
@@ -232,6 +260,25 @@ fn rest(entry: &Entry, seen: &Observed, now: &At<'_>) -> Next {
     }
 }
 
+/// What comes next for what is being handed over: nothing of it runs again here unless it was aborted, as it may run
+/// elsewhere by now.
+fn hand_over(outgoing: &Outgoing, seen: &Observed) -> Next {
+    let rest = |state, reason: &str| Next::Rest(state, reason.to_owned());
+    match seen {
+        Observed::Running(_) | Observed::Paused(_) | Observed::HandedOver if outgoing.aborting => {
+            Next::Do(Step::TakeBack)
+        }
+        Observed::Stopped(_) | Observed::Absent if outgoing.aborting => Next::Note(Note::TakenBack),
+        Observed::Running(_) | Observed::Paused(_) | Observed::HandedOver => {
+            rest(InstanceState::Running, "is being moved to another node")
+        }
+        Observed::Stopped(_) | Observed::Absent => rest(
+            InstanceState::Failed,
+            "it ended while it was being moved; the control plane decides where it goes on",
+        ),
+    }
+}
+
 /// Where it runs from now on is the control plane's to say: it binds it to the other node, or has the migration aborted.
 fn handed_over() -> Next {
     let reason = "it was handed over to another node and waits for the control plane";
@@ -304,6 +351,8 @@ pub(crate) fn done(entry: &mut Entry, step: Step, serial: u64, handle: Option<Ha
         Step::Start => {
             entry.boot_id = now.boot_id.to_owned();
             entry.last_exit = None;
+            // What still waits is tried at every start.
+            entry.tell_again = !entry.update_note.is_empty();
             entry.started_at = Some(SystemTime::now());
             entry.restarts.started = Some(now.remembered(now.at));
             // At once, not when it is seen running: a guest that ends right away is not to be started for ever.
@@ -313,7 +362,8 @@ pub(crate) fn done(entry: &mut Entry, step: Step, serial: u64, handle: Option<Ha
         }
         Step::Stop if entry.serial == serial => entry.restart_pending = false,
         Step::Resume if is_current && !entry.restart_pending => entry.finish(),
-        Step::Stop | Step::Resume | Step::Pause | Step::Delete => {}
+        Step::TakeBack => entry.outgoing = None,
+        Step::Stop | Step::Resume | Step::Pause | Step::Delete | Step::Update => {}
     }
 }
 
@@ -326,6 +376,7 @@ pub(crate) fn remember(entry: &mut Entry, note: Note, seen: &Observed, now: &At<
             entry.handle = None;
             entry.last_exit = None;
             entry.started_at = None;
+            entry.forget_updates();
         }
         Note::Restarted => entry.restart_pending = false,
         Note::Finished => {
@@ -361,6 +412,7 @@ pub(crate) fn remember(entry: &mut Entry, note: Note, seen: &Observed, now: &At<
             entry.handle = None;
             entry.finish();
         }
+        Note::TakenBack => entry.outgoing = None,
     }
 }
 

@@ -36,6 +36,10 @@ pub(crate) struct View {
     pub(crate) is_settled: bool,
     /// It is forgotten.
     pub(crate) is_over: bool,
+    /// The migration that it waits for here.
+    pub(crate) incoming: Option<String>,
+    /// The migration that hands it over to another node.
+    pub(crate) outgoing: Option<String>,
 }
 
 impl View {
@@ -72,7 +76,7 @@ impl View {
             started_at: running.since.or(entry.started_at),
             restart_count: entry.restarts.count,
             recovery_note: String::new(),
-            update_note: String::new(),
+            update_note: entry.update_note.chars().take(MAX_REASON_CHARACTERS).collect(),
             migration: None,
             revision: Revision::default(),
         };
@@ -83,6 +87,8 @@ impl View {
             serial: entry.serial,
             is_settled: !entry.pending && !entry.discard,
             is_over: shown.is_over,
+            incoming: entry.incoming.clone(),
+            outgoing: entry.outgoing.as_ref().map(|outgoing| outgoing.migration.clone()),
         }
     }
 
@@ -101,6 +107,7 @@ impl View {
             gone: entry.gone,
             restart_count: record.restart_count,
             update_note: record.update_note.clone(),
+            migration_id: entry.incoming.clone().unwrap_or_default(),
         }
     }
 }

@@ -11,8 +11,13 @@
 //! pauses; any other is final until something else is wanted. A removal is tried for ever.
 
 mod call;
+mod fetch;
 mod guarded;
+mod migration;
+mod snapshots;
+mod update;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,7 +38,10 @@ use crate::fencing::Gate;
 use crate::instances::Instances;
 use crate::plan::{At, Next, Note, Step, done, next_step, remember};
 use crate::view::{Shown, View};
-use crate::worker::call::{after, before, request};
+use crate::worker::call::{Did, after, before, request};
+
+pub(crate) use migration::{Asked, Wish};
+pub(crate) use snapshots::{Refusal, SnapshotOrder, SnapshotWish, Snapshots};
 
 /// What a worker is told.
 #[derive(Debug)]
@@ -51,6 +59,10 @@ pub(crate) enum Command {
     Look,
     /// A user of this node wants this; the answer is the serial number of what is wanted then.
     Local(instance::Request, StopOptions, oneshot::Sender<Result<u64, ServiceError>>),
+    /// Something is to be done with its snapshots.
+    Snapshot(Box<SnapshotOrder>),
+    /// It is to be handed over, or to be taken.
+    Migration(Box<migration::Asked>),
 }
 
 /// How a driver call ended.
@@ -84,6 +96,10 @@ pub(crate) struct Worker {
     gate: watch::Receiver<Gate>,
     /// The session in which the control plane last named it as bound here.
     named: u64,
+    /// What is to be done about a migration, once nothing else is.
+    asked: Option<migration::Asked>,
+    /// What is to be done with its snapshots, once nothing else is.
+    snapshot_orders: VecDeque<SnapshotOrder>,
 }
 
 impl Worker {
@@ -120,6 +136,8 @@ impl Worker {
             is_orphan: false,
             gate,
             named,
+            asked: None,
+            snapshot_orders: VecDeque::new(),
         }
     }
 
@@ -147,6 +165,14 @@ impl Worker {
             }
             if self.look && !self.entry.gone {
                 self.look_now().await;
+                continue;
+            }
+            if let Some(order) = self.snapshot_orders.pop_front() {
+                self.do_snapshot_order(order).await;
+                continue;
+            }
+            if let Some(asked) = self.asked.take() {
+                self.serve(asked).await;
                 continue;
             }
             self.go_on().await;
@@ -313,10 +339,19 @@ impl Worker {
         if session.is_some() && !self.announce(step, seen, &driver).await {
             return;
         }
+        if step == Step::Create && !self.provide_image(&driver, serial).await {
+            return;
+        }
+        if step == Step::Create && *seen == Observed::Absent {
+            self.entry.forget_updates();
+        }
         let call = request(driver, step, &self.entry);
         // A guest that takes its time to stop must not keep the plug from being pulled.
-        let is_overtaking =
-            move |entry: &Entry| step == Step::Stop && (entry.stop.force || entry.wanted == Wanted::Deleted);
+        let is_overtaking = move |entry: &Entry| match step {
+            Step::Stop => entry.stop.force || entry.wanted == Wanted::Deleted,
+            Step::Update => entry.wanted == Wanted::Deleted,
+            Step::Create | Step::Start | Step::Pause | Step::Resume | Step::Delete | Step::TakeBack => false,
+        };
         let was_forced = is_overtaking(&self.entry);
         let called = self
             .call(call, deadline, step.name(), session, |entry| !was_forced && is_overtaking(entry))
@@ -330,7 +365,13 @@ impl Worker {
         self.look = true;
         let outcome = match called {
             Called::Overtaken => "overtaken",
-            Called::Done(Ok(handle)) => {
+            Called::Done(Ok(Did::Update(told, note))) => {
+                self.entry.updated(*told, note, !matches!(seen, Observed::Stopped(_)));
+                (self.unsaved, self.failures, self.trouble) = (true, 0, None);
+                self.last_done = Some((step, serial));
+                "ok"
+            }
+            Called::Done(Ok(Did::Step(handle))) => {
                 let now = At { boot_id: &self.context.boot_id, at: self.context.guard.now() };
                 done(&mut self.entry, step, serial, handle, &now);
                 if step == Step::Start {
@@ -368,7 +409,10 @@ impl Worker {
         }
         let attempts = self.context.tuning.attempts;
         self.failures = self.failures.saturating_add(1);
-        let is_for_ever = step == Step::Delete;
+        if step == Step::Update && self.refused_update(error) {
+            return;
+        }
+        let is_for_ever = matches!(step, Step::Delete | Step::TakeBack);
         // A state that does not allow it may have changed in between: look, then plan again.
         let may_pass =
             error.retryable() || matches!(error, DriverError::WrongState { .. } | DriverError::NotFound(_));
@@ -486,6 +530,8 @@ impl Worker {
                 self.report(true);
             }
             Command::Look => self.look = true,
+            Command::Snapshot(order) => self.take_snapshot_order(*order),
+            Command::Migration(asked) => self.take_asked(*asked).await,
             Command::Local(request, stop, answer) => {
                 let result = self.local(request, stop);
                 if self.entry.serial != serial {
@@ -512,6 +558,7 @@ impl Worker {
     }
 
     fn local(&mut self, request: instance::Request, stop: StopOptions) -> Result<(), ServiceError> {
+        migration::refuse_local(&self.entry)?;
         let entry = &mut self.entry;
         if entry.origin == Origin::Found {
             return Err(ServiceError::precondition(format!(
@@ -556,6 +603,7 @@ impl Worker {
         self.context.reports.withdraw(&id);
         self.context.guard.forget(&id).await;
         self.context.guard.note_fenced(&id);
+        self.context.images.release(&id).await;
         if self.instances.retire(&id, &self.commands) {
             self.show(InstanceState::Deleting, "removed from its node", true);
             tracing::info!(instance = %id, "nothing is left of it, forgotten");
@@ -589,7 +637,7 @@ impl Worker {
     fn report(&mut self, again: bool) {
         let is_reported = match self.entry.origin {
             Origin::Assigned => !self.entry.released,
-            Origin::Found => self.is_orphan && !self.entry.released,
+            Origin::Found | Origin::Incoming => self.is_orphan && !self.entry.released,
             Origin::Local => false,
         };
         if !is_reported {

@@ -1,10 +1,13 @@
 //! The command tree: every command, flag and help text.
 
+mod image;
 mod instance;
+mod migrate;
 mod node;
 mod operation;
 mod placement;
 mod store;
+mod update;
 pub(crate) mod value;
 
 use std::path::PathBuf;
@@ -13,16 +16,21 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use hv_config::HumanDuration;
 use hv_telemetry::{LogLevel, RequestId};
 
+pub use image::{
+    ImageCommand, ImageDeleteArgs, ImageGcArgs, ImageListArgs, ImageNameArgs, ImagePullArgs, ImagePushArgs,
+};
 pub use instance::{
     ConsoleArgs, CreateArgs, DeleteArgs, ExecArgs, GetArgs, InstanceCommand, ListArgs, LogsArgs, NameArgs,
     NamesArgs, RestartArgs, StatsArgs, StopArgs,
 };
+pub use migrate::MigrateArgs;
 pub use node::{
     DrainArgs, NodeCommand, NodeListArgs, NodeNameArgs, NodeNamesArgs, NodeRemoveArgs, NodeUpdateArgs,
 };
 pub use operation::{OperationArgs, OperationCancelArgs, OperationCommand, OperationListArgs};
-pub use placement::{PlacementArgs, ScheduleArgs, ShapeArgs};
+pub use placement::{KindArgs, PlacementArgs, ScheduleArgs, ShapeArgs};
 pub use store::{StoreCommand, StoreCompactArgs, StoreDumpArgs, StoreFileArgs, StoreMigrateArgs};
+pub use update::{SnapshotArgs, SnapshotCommand, SnapshotCreateArgs, UpdateArgs};
 
 use crate::output::OutputFormat;
 
@@ -152,22 +160,6 @@ pub enum Command {
     DocsMarkdown,
 }
 
-/// `image …`.
-#[derive(Debug, Subcommand)]
-pub enum ImageCommand {
-    /// List the images that nodes have
-    #[command(visible_alias = "ls", after_long_help = "Examples:\n  hypervisor-ctl image list --type vm")]
-    List(ImageListArgs),
-}
-
-/// `image list`.
-#[derive(Debug, Args)]
-pub struct ImageListArgs {
-    /// Only images for this type: vm, container or microvm
-    #[arg(long, value_name = "TYPE", value_parser = value::instance_type)]
-    pub r#type: Option<hv_types::InstanceType>,
-}
-
 /// `cluster …`.
 #[derive(Debug, Subcommand)]
 pub enum ClusterCommand {
@@ -223,8 +215,9 @@ A file holds one or more YAML or JSON documents:
 Names are those of the API, as memory_bytes or memoryBytes; cpus, memory and size are short forms. What
 `instance get -o yaml` prints can be applied again with `kind: Instance` added.
 
-An instance that exists is updated: labels and annotations (each replaced as a whole where given) and what it is
-wanted to be. Nothing else can change; such a change is refused before anything is done.
+An instance that exists is updated: labels and annotations (each replaced as a whole where given), cpus, memory and
+disks (the list as a whole: what is missing is removed with what is on it; disks only grow), and what it is wanted to
+be. Nothing else can change; such a change is refused before anything is done.
 
 Examples:
   hypervisor-ctl apply -f web.yaml --dry-run

@@ -9,20 +9,24 @@ pub(crate) mod document;
 mod events;
 mod exec;
 mod follow;
+mod image;
 mod instance;
+mod migrate;
 mod node;
 mod operation;
 mod placement;
+mod snapshot;
 mod stats;
 mod stdin;
 mod store;
+mod update;
 pub(crate) mod version;
 
 pub(crate) use change::Verb;
 
 use hv_types::InstanceType;
 
-use crate::cli::{ClusterCommand, Command, ConfigCommand, ImageCommand};
+use crate::cli::{ClusterCommand, Command, ConfigCommand};
 use crate::error::{CtlError, exit_code};
 use crate::output::Output;
 use crate::progress::Progress;
@@ -54,13 +58,13 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<u8, CtlEr
         Command::Container(command) => instance::run(context, Some(InstanceType::Container), command).await,
         Command::Microvm(command) => instance::run(context, Some(InstanceType::Microvm), command).await,
         Command::Node(command) => node::run(context, command).await,
-        Command::Image(ImageCommand::List(args)) => cluster::images(context, &args).await,
+        Command::Image(command) => image::run(context, command).await,
         Command::Cluster(ClusterCommand::Info) => cluster::info(context).await,
         Command::Schedule(args) => placement::schedule(context, &args).await,
         Command::Operation(command) => operation::run(context, command).await,
         Command::Store(command) => store::run(context, command).await,
         Command::Events(args) => events::run(context, &args).await,
-        Command::Apply(args) => apply::run(context, &args).await,
+        Command::Apply(args) => Box::pin(apply::run(context, &args)).await,
         Command::Version(_) => version::with_server(context).await,
         // These were run without a server.
         Command::Config(ConfigCommand::Show)

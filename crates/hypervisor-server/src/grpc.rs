@@ -6,6 +6,7 @@ mod compute;
 mod images;
 mod interactive;
 mod migration;
+mod nodes;
 mod operations;
 mod request;
 mod snapshots;
@@ -95,6 +96,7 @@ pub(crate) fn services(
         stop,
         agents: AgentPool::new(AgentPoolOptions { tls: client_tls(tls), ..AgentPoolOptions::default() }),
     };
+    cluster.set_nodes(nodes::AgentNodes::new(cluster, context.agents.clone()));
     let bound = hv_proto::MAX_MESSAGE_BYTES;
     let cluster_service = ClusterServiceServer::new(cluster::Service(context.clone()));
     let compute_service = ComputeServiceServer::new(compute::Service(context.clone()));

@@ -16,6 +16,8 @@ pub(super) enum Decoded {
     Instance(Box<InstanceRecord>),
     Node(Box<NodeRecord>),
     Lease(String, LeaseId),
+    /// A node to which nothing is bound for a moment.
+    Hold(String),
     /// The events of the record with this id.
     Events(String, Vec<Arc<Event>>),
     Operation(Box<OperationRecord>),
@@ -36,6 +38,7 @@ impl Decoded {
                 let lease: NodeLease = decode_message(kv)?;
                 Self::Lease(id.to_owned(), LeaseId(lease.lease_id))
             }
+            Key::NodeHold(id) => Self::Hold(id.to_owned()),
             Key::Event(id) => {
                 Self::Events(id.to_owned(), decode_events(kv)?.into_iter().map(Arc::new).collect())
             }
@@ -63,6 +66,7 @@ impl State {
             Decoded::Instance(record) => vec![self.put_instance(*record)],
             Decoded::Node(record) => vec![self.put_node(*record)],
             Decoded::Lease(id, lease) => self.set_lease(&id, Some(lease)),
+            Decoded::Hold(id) => self.set_hold(&id, true),
             Decoded::Events(id, events) => {
                 let ids = events.iter().map(|event| event.id.clone()).collect();
                 self.event_records.insert(id, ids);
@@ -100,6 +104,7 @@ impl State {
             }
             Key::Node(id) => self.delete_node(id).into_iter().collect(),
             Key::NodeLease(id) => self.set_lease(id, None),
+            Key::NodeHold(id) => self.set_hold(id, false),
             Key::Event(id) => {
                 for event in self.event_records.remove(*id).unwrap_or_default() {
                     self.events.remove(&event);
@@ -161,8 +166,15 @@ impl State {
                 self.unbound.insert(id.clone());
             }
         }
+        if let Some(target) = record.moves_to() {
+            self.change_node(target, |entry| {
+                entry.incoming.insert(id.clone());
+                entry.allocated = entry.allocated.plus(record.resources());
+            });
+        }
         if let Some(old) = &before {
             self.drop_if_empty(old.node_id());
+            self.drop_if_empty(old.moves_to());
         }
         Delta::Instance { id, before, after: Some(record) }
     }
@@ -177,6 +189,12 @@ impl State {
             None => {
                 self.unbound.remove(&record.id);
             }
+        }
+        if let Some(target) = record.moves_to() {
+            self.change_node(target, |entry| {
+                entry.incoming.remove(&record.id);
+                entry.allocated = entry.allocated.minus(record.resources());
+            });
         }
     }
 
@@ -207,6 +225,7 @@ impl State {
         self.index.remove(&before, was);
         self.unbind(&before);
         self.drop_if_empty(before.node_id());
+        self.drop_if_empty(before.moves_to());
         Some(Delta::Instance { id: before.id.clone(), before: Some(before), after: None })
     }
 
@@ -225,6 +244,12 @@ impl State {
         self.drop_if_empty(Some(&id));
         record?;
         Some(Delta::Node { id, before, after: None })
+    }
+
+    fn set_hold(&mut self, id: &str, held: bool) -> Vec<Delta> {
+        let Ok(id) = id.parse::<NodeId>() else { return Vec::new() };
+        let changed = if held { self.holds.insert(id.clone()) } else { self.holds.remove(&id) };
+        if changed { vec![Delta::Hold { id, held }] } else { Vec::new() }
     }
 
     /// A node that comes or goes changes how its instances look, so these count as changed too.

@@ -38,6 +38,9 @@ impl State {
                 deltas.push(Delta::Operation { id: id.clone(), before, after });
             }
         }
+        let held = |id: &hv_types::NodeId, held| Delta::Hold { id: id.clone(), held };
+        deltas.extend(self.holds.difference(&next.holds).map(|id| held(id, false)));
+        deltas.extend(next.holds.difference(&self.holds).map(|id| held(id, true)));
         let ids: BTreeSet<_> = self.nodes.keys().chain(next.nodes.keys()).collect();
         for id in ids {
             let (before, after) =

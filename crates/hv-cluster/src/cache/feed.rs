@@ -42,6 +42,13 @@ pub enum Delta {
         /// As it is, and whether it is alive.
         after: Option<(Arc<NodeRecord>, bool)>,
     },
+    /// Nothing is bound to a node for a moment, or that is over.
+    Hold {
+        /// Which one.
+        id: NodeId,
+        /// Whether it is so.
+        held: bool,
+    },
     /// An operation came, changed or went.
     Operation {
         /// Which one.
@@ -60,7 +67,7 @@ impl Delta {
         match self {
             Self::Instance { .. } => DELTA_BYTES.0,
             Self::Node { .. } => DELTA_BYTES.1,
-            Self::Operation { .. } | Self::Event(_) => DELTA_BYTES.2,
+            Self::Operation { .. } | Self::Event(_) | Self::Hold { .. } => DELTA_BYTES.2,
         }
     }
 }

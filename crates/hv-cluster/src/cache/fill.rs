@@ -36,6 +36,7 @@ impl Cache {
         let first = KeyRange::Prefix(keys.cluster());
         let revision = page(&self.store, first, None, 1).await?.1;
         let mut ranges = vec![keys.node_leases(), keys.nodes(), keys.cluster(), keys.operations()];
+        ranges.push(keys.node_holds());
         ranges.extend(self.sets(revision).await?);
         ranges.extend([keys.events(), keys.instances()]);
 

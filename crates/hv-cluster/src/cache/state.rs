@@ -26,7 +26,9 @@ pub struct NodeEntry {
     pub lease_ttl_ms: u64,
     /// The instances bound to it.
     pub instances: BTreeSet<InstanceId>,
-    /// What they were promised together.
+    /// The instances that are being moved to it while they run, and take room here already.
+    pub incoming: BTreeSet<InstanceId>,
+    /// What all of these were promised together.
     pub allocated: Resources,
 }
 
@@ -56,7 +58,8 @@ impl NodeEntry {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.record.is_none() && self.lease.is_none() && self.instances.is_empty()
+        let empty = self.instances.is_empty() && self.incoming.is_empty();
+        self.record.is_none() && self.lease.is_none() && empty
     }
 }
 
@@ -77,6 +80,8 @@ pub struct State {
     pub(super) event_records: BTreeMap<String, Vec<String>>,
     pub(super) operations: BTreeMap<String, Arc<OperationRecord>>,
     pub(super) sets: HashSet<(String, String)>,
+    /// Nodes to which nothing is bound for a moment, while somebody looks what room there is.
+    pub(super) holds: BTreeSet<NodeId>,
     pub(super) cluster: Option<(ClusterRecord, Revision)>,
     pub(super) cluster_id: Option<ClusterId>,
     pub(super) unreadable: BTreeSet<String>,
@@ -137,6 +142,17 @@ impl State {
     pub fn instances_on<'a>(&'a self, node: &NodeId) -> impl Iterator<Item = &'a Arc<InstanceRecord>> {
         let ids = self.nodes.get(node).map(|entry| &entry.instances);
         ids.into_iter().flatten().filter_map(|id| self.instances.get(id))
+    }
+
+    /// Whether nothing is bound to a node for a moment, while somebody looks what room there is.
+    #[must_use]
+    pub fn is_held(&self, node: &NodeId) -> bool {
+        self.holds.contains(node)
+    }
+
+    /// All nodes for which that is so.
+    pub fn holds(&self) -> impl Iterator<Item = &NodeId> {
+        self.holds.iter()
     }
 
     /// Events, newest first.

@@ -247,6 +247,7 @@ async fn what_was_missed_and_compacted_is_published_as_differences() {
             }
             Delta::Event(event) => panic!("{event:?}"),
             Delta::Operation { id, .. } => panic!("{id}"),
+            Delta::Hold { id, .. } => panic!("{id}"),
         })
         .collect();
     seen.sort();

@@ -80,7 +80,10 @@ impl Work {
                         record.node_id().filter(|id| !state.node(id).is_some_and(|node| node.is_live()));
                     self.due.extend(lost.cloned());
                 }
-                Delta::Instance { after: None, .. } | Delta::Operation { .. } | Delta::Event(_) => {}
+                Delta::Instance { after: None, .. }
+                | Delta::Operation { .. }
+                | Delta::Event(_)
+                | Delta::Hold { .. } => {}
             }
         }
     }

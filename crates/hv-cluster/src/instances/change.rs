@@ -13,6 +13,7 @@ use crate::Cluster;
 use crate::cache::State;
 use crate::error::{Error, Result};
 use crate::events::About;
+use crate::operations::migrate;
 use crate::requests::{Done, Mutation, Plan};
 
 impl Cluster {
@@ -62,6 +63,9 @@ impl Cluster {
         if abandon {
             let (compares, then) = self.remove_instance(record);
             return Ok(Plan { compares, then, reply: convert::instance_to(record) });
+        }
+        if request != Request::Delete {
+            migrate::refuse_while_migrating(record, request.name())?;
         }
         match decide(request, record.wanted, record.state) {
             Verdict::Already => Ok(Plan::unchanged(convert::instance_to(&state.view(record)))),

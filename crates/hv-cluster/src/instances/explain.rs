@@ -69,6 +69,9 @@ impl Kept {
                     Delta::Node { id, after, .. } => {
                         self.feed.set_node(id, after.as_ref());
                     }
+                    Delta::Hold { id, held } => {
+                        self.feed.set_hold(id, *held);
+                    }
                     _ => {}
                 }
             }

@@ -248,7 +248,9 @@ fn failed(record: &InstanceRecord, node: &NodeRecord) -> InstanceRecord {
         ip_address: String::new(),
         started_at: None,
         restart_count: 0,
+        update_note: String::new(),
         recovery_note: String::new(),
+        migration: None,
         ..record.clone()
     }
 }

@@ -234,10 +234,12 @@ fn forward(
     let mut released = Vec::new();
     let mut blockers = std::mem::take(&mut moves.stuck);
     let stuck = blockers.len();
-    let (mut here, mut staying) = (0_u64, stuck);
+    // What is being moved here is given up, now that the node is being emptied.
+    let (mut here, mut staying) = (entry.incoming.len() as u64, stuck);
     for record in state.instances_on(&node.id).filter(|record| !is_leaving(record)) {
         here += 1;
-        if record.wanted == Wanted::Deleted {
+        // What is being moved already leaves, or arrives, by itself: it is looked at again then.
+        if record.wanted == Wanted::Deleted || record.migration.is_some() {
             continue;
         }
         match keeps(record, node, live) {

@@ -45,7 +45,7 @@ struct Work {
 impl Work {
     fn of(state: &State) -> Self {
         let mut work = Self::default();
-        for operation in state.operations_before(None).filter(|operation| !operation.state.is_final()) {
+        for operation in state.operations_before(None).filter(|operation| is_worked_on(operation)) {
             work.add(operation);
         }
         work.orphans = state
@@ -67,7 +67,7 @@ impl Work {
         for delta in &batch.deltas {
             match delta {
                 Delta::Operation { id, after, .. } => match after {
-                    Some(operation) if !operation.state.is_final() => self.add(operation),
+                    Some(operation) if is_worked_on(operation) => self.add(operation),
                     _ => {
                         self.active.remove(id);
                         self.due.remove(id);
@@ -84,14 +84,14 @@ impl Work {
                 }
                 Delta::Instance { id, before, after } => {
                     let on = |record: &Option<std::sync::Arc<hv_types::InstanceRecord>>| {
-                        let node = record.as_ref().and_then(|record| record.node_id());
-                        node.is_some_and(|node| self.nodes.contains(node))
+                        let nodes = record.iter().flat_map(|record| [record.node_id(), record.moves_to()]);
+                        nodes.flatten().any(|node| self.nodes.contains(node))
                     };
                     if self.instances.contains(id) || on(before) || on(after) {
                         self.due.extend(self.active.keys().cloned());
                     }
                 }
-                Delta::Event(_) => {}
+                Delta::Event(_) | Delta::Hold { .. } => {}
             }
         }
     }
@@ -101,6 +101,11 @@ impl Work {
         self.nodes = active.iter().filter_map(|operation| operation.object_id.parse().ok()).collect();
         self.instances = active.iter().flat_map(|operation| drain::waits_for(operation)).collect();
     }
+}
+
+/// Whether an operation is one of those that are worked on here, from records alone.
+fn is_worked_on(operation: &OperationRecord) -> bool {
+    operation.kind == OperationKind::DrainNode && !operation.state.is_final()
 }
 
 /// Whether a node is being drained and no operation tells of it, as an older release left it.
@@ -192,6 +197,11 @@ impl Cluster {
                 OperationKind::DrainNode => {
                     self.cache.read(|state| drain::step(state, &before, SystemTime::now()))
                 }
+                // These wait for nodes, and have tasks of their own.
+                OperationKind::MigrateInstance
+                | OperationKind::SnapshotInstance
+                | OperationKind::DeleteSnapshot
+                | OperationKind::RevertInstance => return Ok(None),
             };
             if step.operation == *before && step.released.is_empty() {
                 return Ok(None);

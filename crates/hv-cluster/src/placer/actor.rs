@@ -9,7 +9,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use hv_types::{InstanceId, RequestKey};
 use rand::rngs::StdRng;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -20,6 +20,7 @@ use super::decision::{self, Decision, Kind, Outcome};
 use super::feed::Snapshot;
 use super::flight::{Fate, Flight, Landed, Weight};
 use super::queue::{Wish, stopping};
+use super::reserve::{self, Reserved, Wanted};
 use super::term::Term;
 use crate::Cluster;
 use crate::cache::SubscriptionError;
@@ -87,6 +88,10 @@ pub(super) struct Actor<'a> {
     next_round: Instant,
     ticks: u32,
     sweeping: bool,
+    /// Who waits for room to be promised to an instance that is to move.
+    reserving: HashMap<InstanceId, oneshot::Sender<Reserved>>,
+    /// Room that was held for nobody who waits, a slow round ago.
+    idle_holds: HashSet<InstanceId>,
 }
 
 impl<'a> Actor<'a> {
@@ -106,6 +111,8 @@ impl<'a> Actor<'a> {
             next_round: Instant::now(),
             ticks: 0,
             sweeping: false,
+            reserving: HashMap::new(),
+            idle_holds: HashSet::new(),
         }
     }
 
@@ -115,6 +122,7 @@ impl<'a> Actor<'a> {
         stop: CancellationToken,
     ) {
         let mut queue = self.cluster.creates.serve();
+        let mut moves = self.cluster.reservations.serve();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut entering = self.enter(&mut leading);
@@ -136,6 +144,7 @@ impl<'a> Actor<'a> {
                 }
                 Some(back) = self.air.join_next(), if !self.air.is_empty() => self.back(back),
                 batch = next_change(&mut self.term) => self.follow(batch),
+                Some(wanted) = moves.recv() => self.reserve(wanted),
                 taken = take(&mut queue), if self.backlog.len() < BACKLOG => self.accept(taken, &mut queue),
                 _ = tick.tick() => self.tick(),
                 () = tokio::time::sleep_until(wake) => {}
@@ -227,6 +236,46 @@ impl<'a> Actor<'a> {
             if ended {
                 return;
             }
+        }
+    }
+
+    /// Promises room to an instance that is to move.
+    fn reserve(&mut self, wanted: Wanted) {
+        self.follow_all();
+        let Some(term) = &mut self.term else {
+            // It asks again, or another server leads.
+            let _ = wanted.answer.send(Reserved::Again);
+            return;
+        };
+        let cluster = self.cluster;
+        let decided =
+            cluster.cache.read(|state| reserve::decide(cluster, state, &mut term.feed, &wanted.operation));
+        match decided {
+            Ok(decision) => {
+                self.reserving.insert(decision.before.id.clone(), wanted.answer);
+                self.write(vec![decision]);
+            }
+            Err(answer) => {
+                let _ = wanted.answer.send(answer);
+            }
+        }
+    }
+
+    fn reserved(&mut self, number: u64, decision: &Decision, outcome: Outcome) {
+        let id = &decision.before.id;
+        let reserved = match outcome {
+            Outcome::Committed(revision) => Reserved::Made(revision),
+            // Where it may have been written it stays counted; whoever asks again learns.
+            Outcome::Unknown | Outcome::Refused | Outcome::Failed => Reserved::Again,
+        };
+        if matches!(outcome, Outcome::Refused | Outcome::Failed)
+            && let Some(term) = self.term.as_mut().filter(|term| term.number == number)
+            && term.feed.let_go(id)
+        {
+            term.waiting.help();
+        }
+        if let Some(answer) = self.reserving.remove(id) {
+            let _ = answer.send(reserved);
         }
     }
 
@@ -441,13 +490,16 @@ impl<'a> Actor<'a> {
     }
 
     fn decisions_back(&mut self, number: u64, decisions: &[Decision], outcome: Outcome) {
+        for decision in decisions.iter().filter(|decision| matches!(decision.kind, Kind::Reserve { .. })) {
+            self.reserved(number, decision, outcome);
+        }
         let Some(term) = self.term.as_mut().filter(|term| term.number == number) else { return };
         let look_at = Instant::now() + DOUBT;
         for decision in decisions {
             let id = &decision.before.id;
             match (outcome, &decision.kind) {
                 (Outcome::Committed(revision), Kind::Bind(..)) => term.landed(id, revision),
-                (Outcome::Committed(_), Kind::Tell(_) | Kind::GiveWay(_)) => {}
+                (Outcome::Committed(_), Kind::Tell(_) | Kind::GiveWay(_)) | (_, Kind::Reserve { .. }) => {}
                 (Outcome::Unknown, Kind::Bind(..)) => term.doubt(id, look_at),
                 (_, Kind::Bind(..) | Kind::Tell(_)) => {
                     term.unseat(id);
@@ -494,6 +546,8 @@ impl<'a> Actor<'a> {
         term.promised.retain(|_, (until, _)| *until > now);
         if self.ticks.is_multiple_of(SLOW_ROUND) {
             term.waiting.help();
+            let reserving = &self.reserving;
+            self.idle_holds = term.feed.let_go_of_old(&self.idle_holds, |id| reserving.contains_key(id));
         }
         let due: Vec<_> =
             term.unknown.iter().filter(|(_, at)| **at <= now).map(|(id, _)| id.clone()).collect();

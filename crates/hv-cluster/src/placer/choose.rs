@@ -107,6 +107,10 @@ fn make_room(
         let still = |id: &InstanceId| {
             let record = state.instance(id)?;
             record.binding.as_ref().filter(|binding| !binding.release && binding.node_id == found.node)?;
+            // What is moving gives way nowhere: it leaves by itself, or has just come.
+            if record.migration.is_some() {
+                return None;
+            }
             Some(record.clone())
         };
         found.victims.iter().map(still).collect()

@@ -29,6 +29,15 @@ pub(crate) enum Kind {
     Tell(bool),
     /// It gives way to the instance of this name.
     GiveWay(String),
+    /// It is to move to this node while it runs; the operation that does it is written beside.
+    Reserve {
+        /// Where to.
+        node: NodeId,
+        /// At what revision that node's record was read.
+        seen: Revision,
+        /// The operation's condition and write.
+        beside: Box<(Compare, Op)>,
+    },
 }
 
 /// One instance with what is decided about it.
@@ -97,8 +106,16 @@ impl Cluster {
             count += 1;
             txn.compares.push(compare);
             txn.then.push(op);
-            if let Kind::Bind(node, seen) = &decision.kind {
-                nodes.insert(node.clone(), *seen);
+            match &decision.kind {
+                Kind::Bind(node, seen) => {
+                    nodes.insert(node.clone(), *seen);
+                }
+                Kind::Reserve { node, seen, beside } => {
+                    nodes.insert(node.clone(), *seen);
+                    txn.compares.push(beside.0.clone());
+                    txn.then.push(beside.1.clone());
+                }
+                Kind::Tell(_) | Kind::GiveWay(_) => {}
             }
         }
         let rest = decisions.split_off(count);
@@ -141,6 +158,9 @@ impl Cluster {
                 self.events.warn(about, "Unschedulable", decision.after.state_reason.clone(), "scheduler");
             }
             Kind::Tell(false) => {}
+            Kind::Reserve { node, .. } => {
+                self.events.record(about, "Migrating", format!("moves to node {node}"), "operations");
+            }
             Kind::GiveWay(to) => {
                 let message = format!("{} gives way to {to}, whose priority is higher", decision.after.name);
                 self.events.warn(about, "Preempted", message, "scheduler");

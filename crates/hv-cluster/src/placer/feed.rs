@@ -1,6 +1,6 @@
 //! The scheduler's fleet, kept as the cache's changes say.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use hv_scheduler::{Ask, Fleet, NodeView};
@@ -19,6 +19,7 @@ pub(crate) struct Snapshot {
     pub(crate) nodes: Vec<Seen>,
     pub(crate) instances: Vec<Arc<InstanceRecord>>,
     pub(crate) sets: Vec<(String, String)>,
+    pub(crate) holds: Vec<NodeId>,
 }
 
 impl Snapshot {
@@ -28,6 +29,7 @@ impl Snapshot {
             nodes: state.nodes().map(|(record, entry)| (record.clone(), entry.is_live())).collect(),
             instances: state.instances_after(None).cloned().collect(),
             sets: state.sets().cloned().collect(),
+            holds: state.holds().cloned().collect(),
         }
     }
 }
@@ -36,13 +38,23 @@ impl Snapshot {
 pub(crate) struct FleetFeed {
     pub(crate) fleet: Fleet,
     nodes: HashMap<NodeId, Seen>,
+    /// Room for instances that are to move while they run, which is being written: what is asked for, and where.
+    held: HashMap<InstanceId, (Ask, NodeId)>,
+    /// Nodes to which nothing is bound for a moment.
+    closed: HashSet<NodeId>,
     /// Whether instances that lie on their node for good are kept from having to give way.
     shields: bool,
 }
 
 impl FleetFeed {
     pub(crate) fn new(snapshot: &Snapshot, shields: bool) -> Self {
-        let mut feed = Self { fleet: Fleet::new(), nodes: HashMap::new(), shields };
+        let mut feed = Self {
+            fleet: Fleet::new(),
+            nodes: HashMap::new(),
+            held: HashMap::new(),
+            closed: snapshot.holds.iter().cloned().collect(),
+            shields,
+        };
         for seen in &snapshot.nodes {
             feed.set_node(&seen.0.id, Some(seen));
         }
@@ -74,13 +86,23 @@ impl FleetFeed {
             self.nodes.remove(id);
             return self.fleet.remove_node(id);
         };
-        let view = NodeView::of(record, *live);
+        let open = !self.closed.contains(id);
+        let view = NodeView::of(record, *live && open);
         let before = self.nodes.insert(id.clone(), (record.clone(), *live));
-        if before.is_some_and(|(before, was_live)| NodeView::of(&before, was_live) == view) {
+        if before.is_some_and(|(before, was_live)| NodeView::of(&before, was_live && open) == view) {
             return false;
         }
         self.fleet.upsert_node(view);
         true
+    }
+
+    /// Somebody looks what room a node has, or is done with that; whether it takes instances again.
+    pub(crate) fn set_hold(&mut self, id: &NodeId, held: bool) -> bool {
+        let changed = if held { self.closed.insert(id.clone()) } else { self.closed.remove(id) };
+        if let Some((record, live)) = self.nodes.get(id).filter(|_| changed) {
+            self.fleet.upsert_node(NodeView::of(record, *live && !held));
+        }
+        changed && !held
     }
 
     /// Takes an instance over as it is; whether that made room.
@@ -90,9 +112,10 @@ impl FleetFeed {
         before: Option<&Arc<InstanceRecord>>,
         after: Option<&Arc<InstanceRecord>>,
     ) -> bool {
+        let made_room = self.set_incoming(id, before, after);
         let Some((record, node)) = after.and_then(|record| record.node_id().map(|node| (record, node)))
         else {
-            return self.fleet.unbind(id).is_some();
+            return self.fleet.unbind(id).is_some() || made_room;
         };
         let there = self.fleet.node_of(id);
         let moved = there.is_some_and(|there| there != node);
@@ -101,8 +124,78 @@ impl FleetFeed {
             let ask = self.ask(record);
             self.fleet.bind(id, &ask, node);
         }
-        moved
+        let shrank = before.is_some_and(|before| !before.resources().fits_in(record.resources()));
+        moved || made_room || shrank
     }
+
+    /// Counts an instance that is being moved where it goes, too; whether that made room.
+    fn set_incoming(
+        &mut self,
+        id: &InstanceId,
+        before: Option<&Arc<InstanceRecord>>,
+        after: Option<&Arc<InstanceRecord>>,
+    ) -> bool {
+        let goes = after.and_then(|record| record.moves_to().map(|target| (record, target)));
+        let Some((record, target)) = goes else {
+            // Most instances are not moved, ever, and cost nothing here.
+            let counted = before.is_some_and(|before| before.moves_to().is_some());
+            return counted && !self.held.contains_key(id) && self.drop_incoming(id);
+        };
+        let Some(double) = double_of(id) else { return false };
+        self.held.remove(id);
+        if self.fleet.node_of(&double) != Some(target) {
+            let ask = self.ask(&InstanceRecord { id: double.clone(), ..InstanceRecord::clone(record) });
+            self.fleet.bind(&double, &ask, target);
+        }
+        false
+    }
+
+    fn drop_incoming(&mut self, id: &InstanceId) -> bool {
+        double_of(id).is_some_and(|double| self.fleet.unbind(&double).is_some())
+    }
+
+    /// Holds room where an instance is to move, until the cache shows that it does or it is certain that it does not.
+    pub(crate) fn hold(&mut self, record: &InstanceRecord, target: &NodeId) {
+        let Some(double) = double_of(&record.id) else { return };
+        let ask = self.ask(&InstanceRecord { id: double.clone(), ..record.clone() });
+        self.fleet.bind(&double, &ask, target);
+        self.held.insert(record.id.clone(), (ask, target.clone()));
+    }
+
+    /// The room that was held is not taken; whether that made room.
+    pub(crate) fn let_go(&mut self, id: &InstanceId) -> bool {
+        self.held.remove(id).is_some() && self.drop_incoming(id)
+    }
+
+    /// Lets go of what is held for nobody who waits any more, and was so the last time too: whether it was written is known
+    /// by now, and if it was, the cache shows it.
+    pub(crate) fn let_go_of_old(
+        &mut self,
+        last: &HashSet<InstanceId>,
+        waits: impl Fn(&InstanceId) -> bool,
+    ) -> HashSet<InstanceId> {
+        let idle: HashSet<_> = self.held.keys().filter(|id| !waits(id)).cloned().collect();
+        for id in idle.intersection(last) {
+            self.let_go(id);
+        }
+        idle.difference(last).cloned().collect()
+    }
+
+    /// Takes over what another feed holds, where the cache does not show it yet.
+    pub(crate) fn hold_on(&mut self, other: &Self) {
+        for (id, (ask, target)) in &other.held {
+            let Some(double) = double_of(id).filter(|double| self.fleet.node_of(double).is_none()) else {
+                continue;
+            };
+            self.fleet.bind(&double, ask, target);
+            self.held.insert(id.clone(), (ask.clone(), target.clone()));
+        }
+    }
+}
+
+/// The name under which the fleet counts an instance where it is about to move.
+fn double_of(id: &InstanceId) -> Option<InstanceId> {
+    format!("{id}-moving").parse().ok()
 }
 
 fn asks_alike(a: &InstanceRecord, b: &InstanceRecord) -> bool {

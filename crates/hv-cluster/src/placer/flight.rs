@@ -349,7 +349,7 @@ pub(crate) fn name_taken(record: &InstanceRecord, holder: &str) -> Error {
     ServiceError::new(ErrorCode::AlreadyExists, message).into()
 }
 
-fn name_in_set(record: &InstanceRecord, set: &str) -> Error {
+pub(crate) fn name_in_set(record: &InstanceRecord, set: &str) -> Error {
     let message = format!(
         "name {} belongs to the set {set} in project {}, which owns all names {set}-<number> while one of its instances \
          is there; choose another name or delete the set's instances",

@@ -84,6 +84,7 @@ impl Term {
             feed.fleet.bind(id, &assumed.ask, &assumed.node);
             true
         });
+        feed.hold_on(&self.feed);
         self.feed = feed;
         self.waiting = Waiting::default();
         self.take_waiting(snapshot);
@@ -173,6 +174,7 @@ impl Term {
                         self.waiting.help();
                     }
                 }
+                Delta::Hold { id, held } if self.feed.set_hold(id, *held) => self.waiting.help(),
                 _ => {}
             }
         }

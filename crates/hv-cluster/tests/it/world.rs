@@ -195,6 +195,8 @@ pub(crate) fn report(record: &InstanceRecord, state: InstanceState) -> Report {
         started_at: None,
         gone: false,
         restart_count: 0,
+        update_note: String::new(),
+        migration: String::new(),
     }
 }
 

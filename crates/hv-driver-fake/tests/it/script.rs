@@ -1,11 +1,11 @@
 //! What the fake is told to do, it does; and it keeps count.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use futures::StreamExt as _;
 use hv_driver::{
-    Driver, DriverError, ExecOutput, ExecRequest, Exit, Input, InstanceConfig, Observed, StopMode,
+    Driver, DriverError, ExecOutput, ExecRequest, Exit, Input, InstanceConfig, LogRequest, Observed, StopMode,
 };
 use hv_driver_fake::{
     ANNOTATION_PREFIX, FakeDriver, FakeOptions, LedgerEntry, LedgerEvent, Script, Step, read_ledger,
@@ -13,11 +13,11 @@ use hv_driver_fake::{
 };
 use hv_types::{InstanceId, InstanceSpec, Metadata};
 
-fn fake(dir: &tempfile::TempDir) -> FakeDriver {
+pub(crate) fn fake(dir: &tempfile::TempDir) -> FakeDriver {
     FakeDriver::new(FakeOptions { state_dir: dir.path().to_owned(), ..FakeOptions::default() })
 }
 
-fn annotated(pairs: &[(&str, &str)]) -> InstanceConfig {
+pub(crate) fn annotated(pairs: &[(&str, &str)]) -> InstanceConfig {
     let mut metadata = Metadata::default();
     for (key, value) in pairs {
         metadata.annotations.insert(format!("{ANNOTATION_PREFIX}{key}"), (*value).to_owned());
@@ -246,4 +246,20 @@ async fn a_handful_of_commands_run() {
     );
     let typed = [Input::Data(Bytes::from_static(b"x\n")), Input::Eof];
     assert_eq!(ran(&driver, id, &["cat"], &typed).await, ("x\n".into(), String::new(), 0));
+}
+
+#[tokio::test]
+async fn a_log_is_read_from_a_time_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let driver = fake(&dir);
+    let config = annotated(&[]);
+    driver.create(&config).await.unwrap();
+    driver.start(&config.id).await.unwrap();
+    let read = async |since| {
+        let request = LogRequest { since: Some(since), ..LogRequest::default() };
+        let pieces: Vec<_> = driver.logs(&config.id, request).await.unwrap().collect().await;
+        pieces.into_iter().flat_map(|piece| piece.unwrap().to_vec()).collect::<Vec<u8>>()
+    };
+    assert!(read(UNIX_EPOCH).await.starts_with(b"fake-guest: hello"));
+    assert_eq!(read(SystemTime::now() + Duration::from_mins(1)).await, b"");
 }

@@ -21,13 +21,29 @@ fn stored(id: &str, name: &str) -> Stored {
         format: Format::Qcow2,
         serial: "a,b".into(),
         read_only: false,
+        number: None,
+        name: String::new(),
+        size_bytes: 0,
     };
-    Stored { version: 1, config, kernel: None, initrd: None, cmdline: String::new(), disks: vec![disk; 9] }
+    let mut disks: Vec<_> =
+        (0..8).map(|n| StoredDisk { file: format!("disk{n}.qcow2"), ..disk.clone() }).collect();
+    disks.insert(0, disk);
+    Stored {
+        version: 1,
+        config,
+        kernel: None,
+        initrd: None,
+        cmdline: String::new(),
+        disks,
+        disk_dir: None,
+        uefi: None,
+    }
 }
 
 fn list(stored: &Stored, accelerator: Accelerator) -> Vec<String> {
     let platform = Platform::for_tests(accelerator);
-    arguments(stored, "q35", &platform).into_iter().map(|argument| argument.into_string().unwrap()).collect()
+    let list = arguments(stored, "q35", &platform, Launch::Run);
+    list.into_iter().map(|argument| argument.into_string().unwrap()).collect()
 }
 
 fn after<'a>(list: &'a [String], option: &str) -> Vec<&'a str> {
@@ -55,7 +71,10 @@ fn the_kernel_command_line_is_one_argument() {
 
 #[test]
 fn memory_is_never_less_than_asked_for() {
-    assert_eq!(after(&list(&stored("x", "n"), Accelerator::Kvm), "-m"), ["size=65537k"]);
+    assert_eq!(
+        after(&list(&stored("x", "n"), Accelerator::Kvm), "-m"),
+        ["size=65537k,slots=8,maxmem=1048576k"]
+    );
 }
 
 #[test]
@@ -69,9 +88,13 @@ fn the_accelerator_decides_the_processor() {
 #[test]
 fn disks_have_addresses_of_their_own() {
     let list = list(&stored("x", "n"), Accelerator::Tcg);
+    let devices = after(&list, "-device");
+    let of_disks = devices.iter().filter(|device| device.starts_with("virtio-blk-pci"));
     let addresses: std::collections::BTreeSet<_> =
-        after(&list, "-device").into_iter().filter_map(|device| device.split("addr=").nth(1)).collect();
+        of_disks.filter_map(|device| device.split(",bus=").nth(1)).collect();
     assert_eq!(addresses.len(), 9, "{addresses:?}");
+    let ports = devices.iter().filter(|device| device.starts_with("pcie-root-port"));
+    assert_eq!(ports.count(), 8 + SPARE_PORTS);
 }
 
 #[test]

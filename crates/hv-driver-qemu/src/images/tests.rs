@@ -2,6 +2,8 @@
 
 use std::os::unix::fs::symlink;
 
+use hv_types::InstanceSpec;
+
 use super::*;
 
 struct Fixture {
@@ -46,8 +48,13 @@ fn fixture() -> Fixture {
     Fixture { images: Images::new(&dir), dir, _outer: outer }
 }
 
-fn image(name: &str) -> InstanceSpec {
-    InstanceSpec { image: name.to_owned(), ..InstanceSpec::default() }
+fn config(spec: InstanceSpec) -> InstanceConfig {
+    let id = "resolved".parse().unwrap();
+    InstanceConfig { id, name: "n".to_owned(), spec, metadata: hv_types::Metadata::default(), image: None }
+}
+
+fn image(name: &str) -> InstanceConfig {
+    config(InstanceSpec { image: name.to_owned(), ..InstanceSpec::default() })
 }
 
 #[test]
@@ -69,7 +76,7 @@ fn nothing_outside_the_directory_is_reached() {
         let refusal = f.images.resolve(&image(name)).unwrap_err();
         assert!(refusal.starts_with("spec.image: "), "{name}: {refusal}");
     }
-    let direct = |kernel: &str| InstanceSpec { kernel: kernel.to_owned(), ..InstanceSpec::default() };
+    let direct = |kernel: &str| config(InstanceSpec { kernel: kernel.to_owned(), ..InstanceSpec::default() });
     for name in ["../kernel", "way-out/kernel", "link.raw", "missing"] {
         let refusal = f.images.resolve(&direct(name)).unwrap_err();
         assert!(refusal.starts_with("spec.kernel"), "{name}: {refusal}");
@@ -92,13 +99,13 @@ fn an_image_that_depends_on_another_file_is_refused() {
 #[test]
 fn command_lines_add_up_and_need_a_kernel() {
     let f = fixture();
-    let mut spec = image("direct");
-    spec.kernel_args = "quiet".to_owned();
-    let boot = f.images.resolve(&spec).unwrap();
+    let mut config = image("direct");
+    config.spec.kernel_args = "quiet".to_owned();
+    let boot = f.images.resolve(&config).unwrap();
     assert_eq!(boot.cmdline, "console=ttyS0 quiet");
     assert!(boot.kernel.is_some() && boot.initrd.is_some() && boot.disk.is_none());
-    spec.image = "plain".to_owned();
-    assert!(f.images.resolve(&spec).unwrap_err().contains("spec.kernel"));
+    config.spec.image = "plain".to_owned();
+    assert!(f.images.resolve(&config).unwrap_err().contains("spec.kernel"));
 }
 
 #[test]
@@ -106,4 +113,26 @@ fn a_directory_that_is_not_there_has_no_images() {
     let images = Images::new(Path::new("/nonexistent"));
     assert!(images.list().unwrap().is_empty());
     assert!(images.resolve(&image("x")).unwrap_err().contains("there are none in /nonexistent"));
+}
+
+/// What the store says counts, not what the file looks like.
+#[test]
+fn an_image_of_the_store_has_the_format_that_the_store_gives_it() {
+    let f = fixture();
+    let mut config = image("registry.example/suite:1");
+    let mut boot = |content| {
+        config.image = Some(LocalImage { digest: "sha256:0".to_owned(), content });
+        f.images.resolve(&config)
+    };
+    let path = f.dir.join("good.qcow2");
+    let raw = boot(ImageContent::Disk { path: path.clone(), format: DiskFormat::Raw }).unwrap().disk.unwrap();
+    assert_eq!((raw.format, raw.size_bytes), (Format::Raw, 512));
+    let qcow2 = boot(ImageContent::Disk { path, format: DiskFormat::Qcow2 }).unwrap().disk.unwrap();
+    assert_eq!((qcow2.format, qcow2.size_bytes), (Format::Qcow2, 5 << 20));
+    let backed = ImageContent::Disk { path: f.dir.join("backed.qcow2"), format: DiskFormat::Qcow2 };
+    assert!(boot(backed).unwrap_err().contains("depends on another file"));
+    let kernel = boot(ImageContent::Kernel { path: f.dir.join("vmlinuz") }).unwrap();
+    assert!(kernel.kernel.is_some() && kernel.disk.is_none());
+    let layout = ImageContent::Oci { layout: f.dir.clone(), manifest: "sha256:0".to_owned() };
+    assert!(boot(layout).unwrap_err().contains("container"));
 }

@@ -1,5 +1,5 @@
 //! The driver against the conformance suite, on real QEMU.
 
-use crate::subject::setup;
+use crate::subject::two_nodes;
 
-hv_driver::driver_conformance!(setup);
+hv_driver::driver_conformance!(two_nodes);

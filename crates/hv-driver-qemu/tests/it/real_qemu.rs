@@ -165,7 +165,7 @@ async fn what_a_virtual_machine_cannot_have_is_refused_not_ignored() {
     configs[1].spec.volume_mounts.push(VolumeMount::default());
     configs[2].spec.command.push("sh".to_owned());
     configs[3].spec.network = Some(NetworkSpec { assign_public_ip: true, ..NetworkSpec::default() });
-    configs[4].spec.limits = Some(hv_types::ResourceLimits { io_read_bps: 1, ..Default::default() });
+    configs[4].spec.limits = Some(hv_types::ResourceLimits { cpu_quota: 1, ..Default::default() });
     for config in &configs {
         let error = driver.create(config).await.unwrap_err();
         assert!(matches!(error, DriverError::Unsupported { .. }), "{error}");

@@ -2,7 +2,7 @@
 
 use hv_types::InstanceId;
 
-use super::{LOOK_INTERVAL, Subject, cleaned, created, ended, runs, started, within};
+use super::{LOOK_INTERVAL, Subject, cleaned, created, ended, report, runs, started, within};
 use crate::fence::{FenceTarget, Outcome, Zeal, kill};
 use crate::{Driver, Exit, Observed};
 
@@ -18,7 +18,11 @@ async fn fenced(target: &FenceTarget) {
 
 /// `None` where the driver cannot do it, and says so.
 fn target_of(driver: &dyn Driver, id: &InstanceId) -> Option<FenceTarget> {
-    driver.fence_target(id)
+    let target = driver.fence_target(id);
+    if target.is_none() {
+        report::refused("it names nothing that could be killed without it");
+    }
+    target
 }
 
 fn assert_fenced(exit: &Exit) {

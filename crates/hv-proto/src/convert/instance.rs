@@ -345,6 +345,7 @@ fn rules_to(rules: &PlacementRules) -> Option<v1::PlacementRules> {
 pub fn assignment_to(record: &InstanceRecord) -> v1::Assignment {
     let release = record.binding.as_ref().is_some_and(|binding| binding.release);
     let wanted = if release { Wanted::Deleted } else { record.wanted };
+    let arrives = record.arrives_by().map(|migration| migration.operation.clone());
     v1::Assignment {
         instance_id: record.id.to_string(),
         name: record.name.clone(),
@@ -359,6 +360,7 @@ pub fn assignment_to(record: &InstanceRecord) -> v1::Assignment {
         stop_timeout_seconds: record.stop.timeout_seconds,
         fence: record.failover_policy == FailoverPolicy::Restart,
         restart_policy: restart_policy_to(record.restart_policy).into(),
+        migration_id: arrives.unwrap_or_default(),
     }
 }
 

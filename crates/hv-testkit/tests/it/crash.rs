@@ -149,7 +149,7 @@ async fn life(supervisor: &mut Supervisor) -> Result<()> {
     let create = until("an answer to create", async || {
         Ok(Some(client.clone().create_instance(request.clone()).await?.into_inner()))
     });
-    let id = supervisor.during(create).await?.id;
+    let id = Box::pin(supervisor.during(create)).await?.id;
     let running = supervisor.during(until_settled(&client, &id, v1::InstanceState::Running)).await?;
     ensure!(running.epoch == 1, "it was bound {} times", running.epoch);
     ensure!(
@@ -157,6 +157,21 @@ async fn life(supervisor: &mut Supervisor) -> Result<()> {
         "not exactly one process after create: {:?}",
         qemu_processes(&id)?
     );
+
+    // What the driver cannot change is told; either way what runs goes on.
+    let change = v1::UpdateInstanceRequest {
+        instance_id: id.clone(),
+        memory_bytes: Some(160 << 20),
+        request_key: "update".into(),
+        ..v1::UpdateInstanceRequest::default()
+    };
+    let update = until("an answer to update", async || {
+        Ok(Some(client.clone().update_instance(change.clone()).await?.into_inner()))
+    });
+    let updated = supervisor.during(update).await?;
+    ensure!(updated.generation == 2, "it was changed {} times", updated.generation);
+    supervisor.during(until_settled(&client, &id, v1::InstanceState::Running)).await?;
+    ensure!(qemu_processes(&id)?.len() == 1, "not exactly one process after update");
 
     supervisor.during(Ask::Stop.send(&client, &id, "stop")).await?;
     supervisor.during(until_settled(&client, &id, v1::InstanceState::Stopped)).await?;

@@ -29,6 +29,7 @@ fn order(generation: u64, wanted: Wanted, restart_generation: u64) -> Order {
         stop: StopOptions::default(),
         fence: false,
         restart_policy: RestartPolicy::Never,
+        migration: None,
     }
 }
 
@@ -303,4 +304,101 @@ fn a_pause_outlives_the_agent_but_not_the_boot() {
 fn ordinals_are_spelled_as_people_do() {
     let spelled: Vec<_> = [1, 2, 3, 4, 11, 12, 13, 21, 102, 113].map(ordinal).into();
     assert_eq!(spelled, ["1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "102nd", "113th"]);
+}
+
+const M: &str = "0190-m";
+
+fn outgoing(aborting: bool) -> Entry {
+    let outgoing = Some(Outgoing { migration: M.into(), aborting });
+    Entry { created: true, pending: false, outgoing, ..entry(Wanted::Running) }
+}
+
+#[test]
+fn what_is_being_handed_over_never_starts_again_unless_it_was_aborted() {
+    let policies = [RestartPolicy::Never, RestartPolicy::OnFailure, RestartPolicy::Always];
+    let ends = [
+        Exit::Finished,
+        Exit::Lost,
+        Exit::Fenced,
+        Exit::Stopped,
+        Exit::Failed("x".into()),
+        Exit::NeverStarted,
+    ];
+    let ended = ends.into_iter().map(Observed::Stopped).chain([Observed::Absent]);
+    for seen in ended.chain([Observed::HandedOver, running(), paused()]) {
+        for restart_policy in policies {
+            for boot_id in [BOOT, "an earlier boot"] {
+                let entry = Entry { restart_policy, boot_id: boot_id.into(), ..outgoing(false) };
+                let next = next_step(&entry, &seen, &NOW);
+                assert!(matches!(next, Next::Rest(..)), "{seen:?} {restart_policy:?}: {next:?}");
+            }
+        }
+    }
+    for seen in [Observed::HandedOver, running(), paused()] {
+        assert_eq!(next_step(&outgoing(true), &seen, &NOW), Next::Do(Step::TakeBack));
+    }
+    for seen in [stopped(), Observed::Absent] {
+        assert_eq!(next_step(&outgoing(true), &seen, &NOW), Next::Note(Note::TakenBack));
+    }
+    // Once it was taken back, it is an instance like any other.
+    let mut entry = Entry { restart_policy: RestartPolicy::Always, ..outgoing(true) };
+    remember(&mut entry, Note::TakenBack, &stopped(), &NOW);
+    assert_eq!(entry.outgoing, None);
+    let failed = Observed::Stopped(Exit::Failed("x".into()));
+    assert_eq!(next_step(&entry, &failed, &NOW), Next::Note(Note::Planned));
+    // A removal waits for nobody.
+    let deleted = Entry { wanted: Wanted::Deleted, pending: true, ..outgoing(false) };
+    assert_eq!(next_step(&deleted, &Observed::HandedOver, &NOW), Next::Do(Step::Delete));
+}
+
+fn incoming() -> Entry {
+    Entry::incoming(order(3, Wanted::Running, 0), M.into(), "fake")
+}
+
+#[test]
+fn what_waits_goes_on_only_by_the_binding_of_its_own_migration() {
+    for seen in [paused(), running(), stopped(), Observed::Absent] {
+        assert!(matches!(next_step(&incoming(), &seen, &NOW), Next::Rest(..)), "{seen:?}");
+    }
+    let bound = |migration: Option<&str>| {
+        let order =
+            Order { epoch: Epoch(2), migration: migration.map(Into::into), ..order(3, Wanted::Running, 0) };
+        let mut entry = incoming();
+        entry.order(order);
+        entry
+    };
+    let its = bound(Some(M));
+    assert_eq!(next_step(&its, &paused(), &NOW), Next::Do(Step::Resume));
+    // Lost in between: it is never made anew, as its disks would be empty.
+    assert!(matches!(next_step(&its, &Observed::Absent, &NOW), Next::Fail(_)));
+    for other in [bound(None), bound(Some("another"))] {
+        assert_eq!(next_step(&other, &paused(), &NOW), Next::Do(Step::Delete));
+    }
+    // A journal that was lost with what waits: the same.
+    let order = Order { epoch: Epoch(2), migration: Some(M.into()), ..order(3, Wanted::Running, 0) };
+    assert!(matches!(next_step(&Entry::assigned(order), &Observed::Absent, &NOW), Next::Fail(_)));
+    // The binding that is about to end is not its own.
+    let mut waits = incoming();
+    waits.order(super::tests::order(9, Wanted::Running, 0));
+    assert_eq!(waits.origin, Origin::Incoming);
+}
+
+#[test]
+fn an_aborted_migration_stays_aborted_and_a_later_one_is_another() {
+    let mut entry = outgoing(false);
+    entry.abort_migration("another");
+    assert!(entry.has_ended("another") && !entry.outgoing.as_ref().unwrap().aborting);
+    entry.abort_migration(M);
+    assert!(entry.outgoing.as_ref().unwrap().aborting);
+    for n in 0..20 {
+        entry.abort_migration(&format!("m{n}"));
+    }
+    assert!(entry.has_ended("m19") && entry.ended_migrations.len() < 10);
+}
+
+#[test]
+fn what_was_about_to_be_handed_over_is_no_part_of_a_later_life() {
+    let mut entry = outgoing(false);
+    entry.order(Order { epoch: Epoch(2), ..order(3, Wanted::Running, 0) });
+    assert_eq!(next_step(&entry, &Observed::HandedOver, &NOW), Next::Do(Step::Delete));
 }

@@ -34,8 +34,8 @@ impl Worker {
     /// The session that must last while this step is done; `None` if it does not matter.
     pub(super) fn session_of(&self, step: Step) -> Option<u64> {
         let runs_then = match step {
-            Step::Start | Step::Resume => true,
-            Step::Create | Step::Stop | Step::Pause | Step::Delete => false,
+            Step::Start | Step::Resume | Step::TakeBack => true,
+            Step::Create | Step::Stop | Step::Pause | Step::Delete | Step::Update => false,
         };
         (runs_then && self.is_guarded()).then_some(self.named)
     }
@@ -43,8 +43,8 @@ impl Worker {
     /// Whether a step may be done now. If not, it was said why, and waited for something to change.
     pub(super) async fn may_do(&mut self, step: Step, seen: &Observed) -> bool {
         let needs_lease = match step {
-            Step::Create | Step::Start | Step::Resume => self.is_guarded(),
-            Step::Stop | Step::Pause | Step::Delete => false,
+            Step::Create | Step::Start | Step::Resume | Step::TakeBack => self.is_guarded(),
+            Step::Stop | Step::Pause | Step::Delete | Step::Update => false,
         };
         if !needs_lease {
             return true;
@@ -87,7 +87,8 @@ impl Worker {
 
     /// What runs is watched, and what does not is not.
     pub(super) async fn see_to_guard(&self, seen: &Observed) {
-        let runs = matches!(seen, Observed::Running(_) | Observed::Paused(_));
+        // What was handed over may be taken back at any moment.
+        let runs = matches!(seen, Observed::Running(_) | Observed::Paused(_) | Observed::HandedOver);
         let target = self.driver.as_ref().and_then(|driver| driver.fence_target(self.entry.id()));
         match target {
             Some(target) if runs && self.is_guarded() => {

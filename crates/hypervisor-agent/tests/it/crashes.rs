@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Stdio;
 
-use hv_driver_fake::{LedgerEvent, read_ledger};
+use hv_driver_fake::{LedgerEvent, read_ledger, read_record};
 use hv_proto::v1::{InstanceState, InstanceWanted};
 use hv_telemetry::crash::{Point, VARIABLE};
 use tokio::process::{Child, Command};
@@ -47,8 +47,8 @@ async fn survive(point: Point, nth: u32) {
     let control = Control::start().await;
     let dir = tempfile::tempdir().unwrap();
     let crash = format!("{point}:{nth}");
-    let is_late =
-        point.name().starts_with("agent.stop") || point.name().starts_with("agent.delete") || nth > 1;
+    let late = ["agent.stop", "agent.delete", "agent.update"];
+    let is_late = late.iter().any(|part| point.name().starts_with(part)) || nth > 1;
 
     let mut agent = spawn(&control, dir.path(), Some(&crash));
     control.assign(assignment("a"));
@@ -56,12 +56,22 @@ async fn survive(point: Point, nth: u32) {
         agent = die_and_come_back(&control, dir.path(), &crash, agent).await;
     }
     let mut died = !is_late;
-    for (wanted, state) in [
+    for (round, (wanted, state)) in [
+        (InstanceWanted::Running, InstanceState::Running),
+        // Of more cores than before.
         (InstanceWanted::Running, InstanceState::Running),
         (InstanceWanted::Stopped, InstanceState::Stopped),
         (InstanceWanted::Running, InstanceState::Running),
         (InstanceWanted::Deleted, InstanceState::Deleting),
-    ] {
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        if round == 1 {
+            control.change("a", |assignment| {
+                assignment.spec.get_or_insert_default().cpu_cores = 3;
+            });
+        }
         if control.state.lock().assignments.get("a").is_some_and(|a| a.wanted != i32::from(wanted)) {
             control.want("a", wanted);
         }
@@ -83,6 +93,11 @@ async fn survive(point: Point, nth: u32) {
         let expected = usize::from(wanted == InstanceWanted::Running);
         let ledger = read_ledger(&dir.path().join("fake")).unwrap();
         assert_eq!(running, expected, "{crash}: {running} run where {wanted:?} was wanted: {ledger:?}");
+        if round == 1 {
+            let id = "a".parse().unwrap();
+            let made = read_record(&dir.path().join("fake"), &id).unwrap().unwrap().config.spec;
+            assert_eq!(made.cpu_cores, 3, "{crash}: the driver was not told");
+        }
     }
     if !died {
         agent = die_and_come_back(&control, dir.path(), &crash, agent).await;

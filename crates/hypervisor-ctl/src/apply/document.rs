@@ -169,6 +169,10 @@ struct Document {
     _recovery_note: (),
     #[serde(default, rename = "set", deserialize_with = "ignored")]
     _set: (),
+    #[serde(default, rename = "update_note", alias = "updateNote", deserialize_with = "ignored")]
+    _update_note: (),
+    #[serde(default, rename = "migration_target", alias = "migrationTarget", deserialize_with = "ignored")]
+    _migration_target: (),
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]

@@ -1,5 +1,7 @@
 //! What has to be done so that an instance is as its document says: a pure comparison.
 
+mod resize;
+
 use std::collections::BTreeMap;
 
 use hv_proto::convert::create_request_from;
@@ -21,6 +23,8 @@ pub(crate) struct Plan {
     pub(crate) create: bool,
     /// The new labels and annotations.
     pub(crate) metadata: Option<v1::Metadata>,
+    /// What else becomes different of it, without its id and a key.
+    pub(crate) update: Option<v1::UpdateInstanceRequest>,
     /// What to ask of it then, in order; each is waited for before the next.
     pub(crate) verbs: Vec<Verb>,
 }
@@ -28,7 +32,7 @@ pub(crate) struct Plan {
 impl Plan {
     /// Whether nothing has to be done.
     pub(crate) fn is_empty(&self) -> bool {
-        !self.create && self.metadata.is_none() && self.verbs.is_empty()
+        !self.create && self.metadata.is_none() && self.update.is_none() && self.verbs.is_empty()
     }
 }
 
@@ -66,7 +70,7 @@ fn plan_creation(desired: &Desired) -> Result<Plan, CtlError> {
         Wanted::Stopped => vec![stop()],
         Wanted::Paused => vec![Verb::Pause],
     };
-    Ok(Plan { changes, create: true, metadata: None, verbs })
+    Ok(Plan { changes, create: true, metadata: None, update: None, verbs })
 }
 
 fn plan_update(desired: &Desired, existing: &v1::Instance) -> Result<Plan, CtlError> {
@@ -91,6 +95,7 @@ fn plan_update(desired: &Desired, existing: &v1::Instance) -> Result<Plan, CtlEr
         new.annotations = annotations.clone().into_iter().collect();
     }
     let metadata = (!changes.is_empty()).then_some(new);
+    let update = resize::plan(desired, existing, &mut changes)?;
 
     let verbs = desired.wanted.map(|wanted| verbs(wanted, existing)).unwrap_or_default();
     if let Some(wanted) = desired.wanted.filter(|_| !verbs.is_empty()) {
@@ -102,7 +107,7 @@ fn plan_update(desired: &Desired, existing: &v1::Instance) -> Result<Plan, CtlEr
         };
         changes.push(format!("~ wanted: {now} → {}", wanted.word()));
     }
-    Ok(Plan { changes, create: false, metadata, verbs })
+    Ok(Plan { changes, create: false, metadata, update, verbs })
 }
 
 /// What leads from what is wanted now to what the document wants.
@@ -147,7 +152,9 @@ fn refuse_immutable(desired: &Desired, existing: &v1::Instance) -> Result<(), Ct
     };
     let specs = (spec(&existing.spec), spec(&desired.request.spec));
     let rules = (json(existing), json(&desired.request));
-    differs((&specs.0, &specs.1), &desired.given, "spec.")
+    let fixed: Vec<&str> =
+        desired.given.iter().copied().filter(|field| !resize::CHANGEABLE.contains(field)).collect();
+    differs((&specs.0, &specs.1), &fixed, "spec.")
         .or_else(|| differs((&rules.0, &rules.1), &desired.given_rules, ""))
         .map_or(Ok(()), Err)
 }

@@ -7,7 +7,7 @@ use hv_config::HumanDuration;
 use hv_types::{InstanceState, InstanceType};
 
 use super::placement::ShapeArgs;
-use super::{RequestKeyArgs, WaitArgs, value};
+use super::{MigrateArgs, RequestKeyArgs, SnapshotCommand, UpdateArgs, WaitArgs, value};
 
 /// What can be done with instances.
 #[derive(Debug, Subcommand)]
@@ -43,6 +43,13 @@ Examples:
     /// Let a paused instance go on
     #[command(after_long_help = "Examples:\n  hypervisor-ctl instance resume web")]
     Resume(NamesArgs),
+    /// Change the cores, memory, disks or name of an instance
+    Update(UpdateArgs),
+    /// Keep what an instance is, and return to it
+    #[command(subcommand, visible_alias = "snapshots")]
+    Snapshot(SnapshotCommand),
+    /// Move a running instance to another node without stopping it
+    Migrate(MigrateArgs),
     /// Remove an instance with its disks
     #[command(visible_alias = "rm")]
     Delete(DeleteArgs),
@@ -266,6 +273,7 @@ pub struct ExecArgs {
 #[command(after_long_help = "\
 Examples:
   hypervisor-ctl instance logs web --tail 20
+  hypervisor-ctl instance logs web --since 10m
   hypervisor-ctl instance logs web --follow")]
 pub struct LogsArgs {
     /// Name, id, or the beginning of an id
@@ -276,6 +284,9 @@ pub struct LogsArgs {
     /// Only the last so many lines
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
     pub tail: Option<i64>,
+    /// Only what was printed in so long, as exactly as the runtime keeps times; never less
+    #[arg(long, value_name = "DURATION")]
+    pub since: Option<HumanDuration>,
 }
 
 /// `instance stats`.

@@ -1,7 +1,7 @@
 //! Placement, policies and what else an instance is made of, as flags; and `schedule`.
 
 use clap::Args;
-use hv_config::ByteSize;
+use hv_config::{ByteSize, HumanDuration};
 use hv_proto::v1;
 use hv_types::InstanceType;
 use hv_types::instance::{FailoverPolicy, RestartPolicy};
@@ -40,6 +40,9 @@ pub struct ShapeArgs {
     /// Environment variable of a container; may be repeated
     #[arg(long, value_name = "NAME=VALUE", value_parser = value::pair)]
     pub env: Vec<value::Pair>,
+    /// What only some types have.
+    #[command(flatten)]
+    pub kind: KindArgs,
     /// A label; may be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = value::pair)]
     pub label: Vec<value::Pair>,
@@ -52,6 +55,46 @@ pub struct ShapeArgs {
     /// Where it may go.
     #[command(flatten)]
     pub placement: PlacementArgs,
+}
+
+/// What only instances of some types have.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Of virtual machines and containers")]
+pub struct KindArgs {
+    /// How a virtual machine boots: bios or uefi [default: the driver's choice]
+    #[arg(long, value_name = "FIRMWARE", value_parser = ["bios", "uefi"], hide_possible_values = true)]
+    pub firmware: Option<String>,
+    /// Give a virtual machine a trusted platform module of its own
+    #[arg(long)]
+    pub tpm: bool,
+    /// Whom a container runs as: uid or uid:gid [default: the image's user; 65534 where it names none]
+    #[arg(long, value_name = "USER")]
+    pub user: Option<String>,
+    /// Where a container's process begins, an absolute path [default: the image's]
+    #[arg(long, value_name = "DIR")]
+    pub working_dir: Option<String>,
+    /// Let a container write nothing outside of its volumes
+    #[arg(long)]
+    pub read_only: bool,
+    /// Processes and threads of a container at most
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
+    pub pids_limit: Option<i64>,
+    /// Command that tells whether a container is well: exit code 0 says so; words separated by spaces, no shell is
+    /// involved
+    #[arg(long, value_name = "COMMAND")]
+    pub health_cmd: Option<String>,
+    /// From one end of the check to the next begin [default: 30s]
+    #[arg(long, value_name = "DURATION", requires = "health_cmd")]
+    pub health_interval: Option<HumanDuration>,
+    /// How long the check may take [default: 5s]
+    #[arg(long, value_name = "DURATION", requires = "health_cmd")]
+    pub health_timeout: Option<HumanDuration>,
+    /// So many failures in a row end the container with a failure [default: 3]
+    #[arg(long, value_name = "N", requires = "health_cmd")]
+    pub health_retries: Option<u32>,
+    /// Failures in the first seconds do not count, as 30s
+    #[arg(long, value_name = "DURATION", requires = "health_cmd")]
+    pub health_start: Option<HumanDuration>,
 }
 
 /// Where an instance may go.

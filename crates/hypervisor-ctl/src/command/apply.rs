@@ -122,6 +122,21 @@ async fn carry_out(
             create::create(context, &request).await?
         }
     };
+    if let Some(change) = plan.update {
+        let request = v1::UpdateInstanceRequest {
+            instance_id: instance.id.clone(),
+            request_key: keys.next(),
+            ..change
+        };
+        instance = super::update::ask(context, &request).await?;
+        if !args.wait.no_wait {
+            instance = super::update::settled(context, instance, end).await?;
+        }
+        if !instance.update_note.is_empty() {
+            let (name, note) = (escape(&instance.name), escape(&instance.update_note));
+            context.note(&format!("instance {name}: it takes effect at the next start: {note}"));
+        }
+    }
     // Only a running instance can be paused; to stop one it need not run first.
     let runs_first = plan.create && !plan.verbs.iter().any(|verb| verb.goal() == Goal::Stopped);
     let steps = plan.verbs.len();

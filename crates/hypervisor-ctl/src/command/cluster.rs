@@ -1,20 +1,12 @@
-//! `cluster info` and `image list`.
+//! `cluster info`.
 
-use std::time::SystemTime;
-
-use hv_proto::convert::instance_type_to;
 use hv_proto::v1;
 
 use super::Context;
-use crate::cli::ImageListArgs;
 use crate::error::{CtlError, exit_code};
 use crate::output::OutputFormat;
 use crate::output::text::escape;
-use crate::show::node::image_table;
 use crate::show::{Page, resources};
-
-/// Objects per page.
-const PAGE_SIZE: i32 = 500;
 
 pub(super) async fn info(context: &Context) -> Result<u8, CtlError> {
     let server = &context.server;
@@ -48,35 +40,4 @@ fn page(info: &v1::ClusterInfo) -> Page {
     page.line(0, "Leader", escape(leader));
     page.line(0, "Revision", info.revision.to_string());
     page
-}
-
-pub(super) async fn images(context: &Context, args: &ImageListArgs) -> Result<u8, CtlError> {
-    let server = &context.server;
-    let kind = args.r#type.map_or(0, |kind| instance_type_to(kind) as i32);
-    let mut all = v1::ListImagesResponse::default();
-    loop {
-        let page_token = all.next_page_token.clone();
-        let request = v1::ListImagesRequest { r#type: kind, page_size: PAGE_SIZE, page_token };
-        let page = server.call(async || server.compute().list_images(request.clone()).await).await?;
-        all.images.extend(page.images);
-        all.next_page_token = page.next_page_token;
-        if all.next_page_token.is_empty() {
-            break;
-        }
-    }
-    match context.output.format {
-        OutputFormat::Json | OutputFormat::Yaml => context.output.message("the images", &all)?,
-        OutputFormat::Name => {
-            for image in &all.images {
-                context.output.line(format!("image/{}", escape(&image.name)))?;
-            }
-        }
-        OutputFormat::Table | OutputFormat::Wide if all.images.is_empty() => {
-            context.note("no images; put them into a node's image directory");
-        }
-        OutputFormat::Table | OutputFormat::Wide => {
-            context.output.print(&image_table(&all.images, context.output, SystemTime::now()))?;
-        }
-    }
-    Ok(exit_code::OK)
 }

@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::path::Path;
 
+use hv_config::HumanDuration;
 use hv_proto::convert::{failover_policy_to, instance_type_to, restart_policy_to};
 use hv_proto::v1;
 use hv_types::InstanceType;
@@ -12,7 +13,7 @@ use tokio::time::Instant;
 use super::instance::{agreed_type, print};
 use super::{Context, change};
 use crate::cli::value::{map_of, selector_of};
-use crate::cli::{CreateArgs, PlacementArgs, ShapeArgs};
+use crate::cli::{CreateArgs, KindArgs, PlacementArgs, ShapeArgs};
 use crate::error::{CtlError, exit_code};
 use crate::output::text::escape;
 use crate::reference::{self, noun};
@@ -137,7 +138,7 @@ pub(super) async fn template(
             initrd: shape.initrd.clone().unwrap_or_default(),
             kernel_args: shape.kernel_args.clone().unwrap_or_default(),
             env: map_of(&shape.env),
-            ..Default::default()
+            ..of_kind(&shape.kind)
         }),
         metadata: Some(v1::Metadata { labels: map_of(&shape.label), annotations: map_of(&shape.annotation) }),
         preferred_node_id,
@@ -150,6 +151,30 @@ pub(super) async fn template(
         placement: rules(placement),
         ..Default::default()
     })
+}
+
+/// What only instances of some types have; the server refuses it for others.
+fn of_kind(kind: &KindArgs) -> v1::InstanceSpec {
+    let seconds = |time: Option<HumanDuration>| {
+        time.map_or(0, |time| u32::try_from(time.get().as_secs().max(1)).unwrap_or(u32::MAX))
+    };
+    let health_check = kind.health_cmd.as_ref().map(|command| v1::HealthCheck {
+        command: command.split_whitespace().map(str::to_owned).collect(),
+        interval_seconds: seconds(kind.health_interval),
+        timeout_seconds: seconds(kind.health_timeout),
+        retries: kind.health_retries.unwrap_or_default(),
+        start_seconds: seconds(kind.health_start),
+    });
+    v1::InstanceSpec {
+        firmware: kind.firmware.clone().unwrap_or_default(),
+        tpm: kind.tpm,
+        user: kind.user.clone().unwrap_or_default(),
+        working_dir: kind.working_dir.clone().unwrap_or_default(),
+        read_only_root: kind.read_only,
+        limits: kind.pids_limit.map(|pids| v1::ResourceLimits { pids, ..Default::default() }),
+        health_check,
+        ..Default::default()
+    }
 }
 
 /// The rules beyond node, region, zone and labels; absent where there are none.

@@ -6,7 +6,9 @@ use hv_proto::convert::{instance_type_to, state_to};
 use hv_proto::v1;
 use hv_types::InstanceType;
 
-use super::{Context, change, console, create, events, exec, follow, placement, stats};
+use super::{
+    Context, change, console, create, events, exec, follow, migrate, placement, snapshot, stats, update,
+};
 use crate::cli::value::selector_of;
 use crate::cli::{GetArgs, InstanceCommand, ListArgs, NameArgs};
 use crate::error::{CtlError, exit_code};
@@ -46,6 +48,9 @@ pub(super) async fn run(
             let verb = change::Verb::Delete { force: args.force, ignore_not_found: args.ignore_not_found };
             change::run(context, only, &args.target, verb).await
         }
+        InstanceCommand::Update(args) => update::run(context, only, &args).await,
+        InstanceCommand::Snapshot(command) => snapshot::run(context, only, command).await,
+        InstanceCommand::Migrate(args) => migrate::run(context, only, &args).await,
         InstanceCommand::Console(args) => console::run(context, only, &args).await,
         InstanceCommand::Exec(args) => exec::run(context, only, &args).await,
         InstanceCommand::Logs(args) => stats::logs(context, only, &args).await,

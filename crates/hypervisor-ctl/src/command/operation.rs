@@ -113,7 +113,7 @@ async fn find(server: &Server, args: &OperationArgs) -> Result<v1::Operation, Ct
     }
 }
 
-fn show(context: &Context, operation: &v1::Operation) -> Result<(), CtlError> {
+pub(super) fn show(context: &Context, operation: &v1::Operation) -> Result<(), CtlError> {
     match context.output.format {
         OutputFormat::Json | OutputFormat::Yaml => context.output.message("the operation", operation),
         OutputFormat::Name => context.output.line(format!("operation/{}", escape(&operation.id))),
@@ -159,7 +159,7 @@ pub(super) async fn until_final(
 }
 
 /// What an operation that has ended comes to.
-fn outcome(operation: &v1::Operation) -> Result<u8, CtlError> {
+pub(super) fn outcome(operation: &v1::Operation) -> Result<u8, CtlError> {
     let id = escape(&operation.id);
     match operation.state() {
         OperationState::Succeeded => Ok(exit_code::OK),

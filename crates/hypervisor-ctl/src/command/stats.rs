@@ -1,5 +1,8 @@
 //! `instance stats` and `instance logs`.
 
+use std::time::SystemTime;
+
+use hv_proto::convert::to_timestamp;
 use hv_proto::v1;
 use hv_types::InstanceType;
 
@@ -63,7 +66,7 @@ pub(super) async fn logs(
         instance_id: target.id,
         tail_lines: args.tail.unwrap_or_default(),
         follow: args.follow,
-        since: None,
+        since: args.since.map(|ago| to_timestamp(SystemTime::now() - ago.get())),
     };
     let mut chunks = server.call(async || server.compute().get_instance_logs(request.clone()).await).await?;
     while let Some(chunk) = chunks.message().await.map_err(|status| server.error(&status))? {

@@ -140,6 +140,7 @@ pub(crate) fn describe(instance: &v1::Instance, node_name: &str, output: Output)
     page.line(0, "Epoch", format!("{} (how often it was bound to a node)", instance.epoch));
     page.line(0, "IP", escape(&instance.ip_address));
     page.some(0, "Recovery", escape(&instance.recovery_note));
+    page.some(0, "At next start", escape(&instance.update_note));
     describe_policies(&mut page, instance);
     page.line(0, "Created", moment(instance.created_at.as_ref()));
     page.some(0, "Started", moment(instance.started_at.as_ref()));
@@ -185,10 +186,18 @@ fn describe_spec(page: &mut Page, spec: &v1::InstanceSpec) {
     page.some(1, "Initrd", escape(&spec.initrd));
     page.some(1, "Kernel arguments", escape(&spec.kernel_args));
     let words = |words: &[String]| words.iter().map(|word| escape(word)).collect::<Vec<_>>().join(" ");
+    page.some(1, "Firmware", escape(&spec.firmware));
+    page.some(1, "TPM", if spec.tpm { "yes" } else { "" });
+    page.some(1, "Root", if spec.read_only_root { "read-only" } else { "" });
+    page.some(1, "User", escape(&spec.user));
+    page.some(1, "Working directory", escape(&spec.working_dir));
     page.some(1, "Command", words(&spec.command));
     page.some(1, "Arguments", words(&spec.args));
     if !spec.user_data.is_empty() {
         page.line(1, "User data", size(i64::try_from(spec.user_data.len()).unwrap_or(i64::MAX)));
+    }
+    if let Some(check) = &spec.health_check {
+        page.some(1, "Health check", words(&check.command));
     }
     if !spec.disks.is_empty() {
         page.heading(1, "Disks");

@@ -214,6 +214,32 @@ fn describe_health(page: &mut Page, node: &v1::Node, output: Output, now: System
     }
 }
 
+/// What is known of an image.
+pub(crate) fn image_page(image: &v1::Image, now: SystemTime) -> Page {
+    let or_none = |text: &str| if text.is_empty() { "-".to_owned() } else { escape(text) };
+    let mut page = Page::default();
+    page.line(0, "Name", escape(&image.name));
+    page.line(0, "Type", type_name(image.r#type()));
+    page.line(0, "Form", or_none(&image.form));
+    page.line(0, "Architecture", or_none(&image.architecture));
+    page.line(0, "Size", size(image.size_bytes));
+    page.line(0, "Digest", or_none(&image.digest));
+    page.line(0, "Source", or_none(&image.source));
+    page.line(0, "Age", age(image.created_at.as_ref(), now));
+    page.line(0, "Instances", image.instances.to_string());
+    page.line(0, "Nodes", or_none(&image.node_ids.join(", ")));
+    page
+}
+
+/// Images that were removed, as rows.
+pub(crate) fn collected_table(images: &[v1::CollectedImage], output: Output) -> String {
+    let row = |image: &v1::CollectedImage| -> Vec<Cell> {
+        vec![escape(&image.node_id).into(), escape(&image.name).into(), size(image.size_bytes).into()]
+    };
+    Table::new(vec!["NODE", "NAME", "SIZE"], output.colours)
+        .render(&images.iter().map(row).collect::<Vec<_>>())
+}
+
 /// Images as rows.
 pub(crate) fn image_table(images: &[v1::Image], output: Output, now: SystemTime) -> String {
     let wide = output.format == OutputFormat::Wide;

@@ -2,6 +2,7 @@
 
 mod cluster;
 mod compute;
+mod images;
 mod operation;
 mod store;
 
@@ -24,6 +25,9 @@ use tonic::{Request, Status};
 
 pub(crate) use store::BACKUP;
 
+/// What the fake answers.
+pub(crate) type Answer<T> = Result<tonic::Response<T>, Status>;
+/// A stream that the fake answers with.
 pub(crate) type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// What the fake does instead of what was asked for.

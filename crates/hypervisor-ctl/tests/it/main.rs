@@ -5,6 +5,7 @@ mod changes;
 mod console;
 mod errors;
 mod fake;
+mod images;
 mod operators;
 mod program;
 mod reading;

@@ -13,7 +13,12 @@ completion
 config show
 container …
 events
+image delete
+image gc
+image inspect
 image list
+image pull
+image push
 instance console
 instance create
 instance delete

@@ -442,7 +442,11 @@ impl View for EventView {
     fn changes(&self, _: &Cluster, batch: &Batch) -> Vec<v1::Event> {
         let events = batch.deltas.iter().filter_map(|delta| match delta {
             Delta::Event(event) if self.matches(event) => Some(convert::event_to(event)),
-            Delta::Event(_) | Delta::Operation { .. } | Delta::Instance { .. } | Delta::Node { .. } => None,
+            Delta::Event(_)
+            | Delta::Operation { .. }
+            | Delta::Instance { .. }
+            | Delta::Node { .. }
+            | Delta::Hold { .. } => None,
         });
         events.collect()
     }

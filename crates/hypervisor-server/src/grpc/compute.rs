@@ -1,6 +1,5 @@
 //! `ComputeService`: instances.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hv_cluster::Cluster;
@@ -10,7 +9,7 @@ use hv_cluster::page::Page;
 use hv_proto::v1::compute_service_server::ComputeService;
 use hv_proto::{convert, v1};
 use hv_types::instance::{Request as Wish, StopOptions};
-use hv_types::{InstanceId, InstanceRecord, InstanceType, Invalid, Revision};
+use hv_types::{InstanceId, InstanceRecord, Invalid, Revision};
 use pbjson_types::Empty;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -327,20 +326,7 @@ impl ComputeService for Service {
         &self,
         request: Request<v1::ListImagesRequest>,
     ) -> Result<Response<v1::ListImagesResponse>, Status> {
-        let request = request.into_inner();
-        let wanted = convert::instance_type_from(request.r#type).map_err(refuse)?;
-        let page =
-            Page::new(request.page_size, &request.page_token, &("images", request.r#type)).map_err(refuse)?;
-        self.cluster().sync().await.map_err(failed)?;
-        let mut images = self.cluster().cache().read(|state| images(state, wanted));
-        if let Some(after) = &page.after {
-            images.retain(|image| image_key(image) > *after);
-        }
-        let more = images.len() > page.size;
-        images.truncate(page.size);
-        let last = images.last().filter(|_| more);
-        let next_page_token = last.map(|image| page.token_after(&image_key(image))).unwrap_or_default();
-        Ok(Response::new(v1::ListImagesResponse { images, next_page_token }))
+        images::list(&self.0, request).await
     }
 
     async fn update_instance(
@@ -416,26 +402,6 @@ impl ComputeService for Service {
     ) -> Result<Response<v1::CollectImagesResponse>, Status> {
         images::collect(&self.0, request).await
     }
-}
-
-/// What orders images in a list, and what a page token holds: the name, then the type.
-fn image_key(image: &v1::Image) -> String {
-    format!("{}:{}", image.name, image.r#type)
-}
-
-/// The images that nodes report, each once, with the nodes that have it.
-fn images(state: &State, wanted: Option<InstanceType>) -> Vec<v1::Image> {
-    let mut found: BTreeMap<String, v1::Image> = BTreeMap::new();
-    for (node, _) in state.nodes() {
-        for image in
-            node.images.iter().filter(|image| wanted.is_none_or(|wanted| wanted == image.instance_type))
-        {
-            let shown = convert::image_to(image);
-            let entry = found.entry(image_key(&shown)).or_insert(shown);
-            entry.node_ids.push(node.id.to_string());
-        }
-    }
-    found.into_values().collect()
 }
 
 /// How many instances a watch's first list looks at, and holds, at once.

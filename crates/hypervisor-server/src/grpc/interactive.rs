@@ -3,7 +3,7 @@
 use futures::{Stream, StreamExt, TryStreamExt, stream};
 use hv_client::AgentClient;
 use hv_proto::v1;
-use hv_types::{InstanceId, Invalid, ServiceError};
+use hv_types::{InstanceId, Invalid, NodeRecord, ServiceError};
 use tonic::{Response, Status, Streaming};
 
 use super::request::{failed, id, refuse};
@@ -27,6 +27,11 @@ async fn agent(shared: &Shared, instance: &str) -> Result<AgentClient, Status> {
             format!("the node of instance {} does not answer; see `hypervisor-ctl node list`", record.name);
         return Err(refuse(ServiceError::unavailable(message)));
     };
+    agent_of(shared, &node)
+}
+
+/// The agent of a node.
+pub(super) fn agent_of(shared: &Shared, node: &NodeRecord) -> Result<AgentClient, Status> {
     let host = if node.ip.contains(':') { format!("[{}]", node.ip) } else { node.ip.clone() };
     shared.agents.get(&format!("{host}:{}", node.port)).map_err(|error| {
         let message = format!("the address of node {} cannot be used; see the server's log", node.hostname);

@@ -75,7 +75,14 @@ async fn an_instance_lives_through_every_call_of_the_compute_service() {
     assert_eq!(compute.console(nothing()).await.unwrap_err().code(), Code::InvalidArgument);
     assert_eq!(compute.exec(futures::stream::empty()).await.unwrap_err().code(), Code::InvalidArgument);
     let request = v1::PullImageRequest { image_ref: "x".into(), r#type: VM, ..Default::default() };
-    assert_eq!(compute.pull_image(request).await.unwrap_err().code(), Code::Unimplemented);
+    assert_eq!(compute.pull_image(request).await.unwrap_err().code(), Code::InvalidArgument);
+    // The node of this test fetches nothing.
+    let request = v1::PullImageRequest { image_ref: "oci://r/x".into(), r#type: VM, ..Default::default() };
+    assert_eq!(compute.pull_image(request).await.unwrap_err().code(), Code::FailedPrecondition);
+    let request = v1::GetImageRequest { name: "absent".into() };
+    assert_eq!(compute.get_image(request).await.unwrap_err().code(), Code::NotFound);
+    let request = v1::DeleteImageRequest { node_ids: vec!["absent".into()], ..Default::default() };
+    assert_eq!(compute.delete_image(request).await.unwrap_err().code(), Code::NotFound);
 
     let delete = v1::DeleteInstanceRequest { instance_id: id.clone(), ..Default::default() };
     compute.delete_instance(delete.clone()).await.unwrap();

@@ -146,6 +146,7 @@ impl World {
             look_every: Duration::from_secs(5),
             inventory_every: Duration::from_secs(20),
             look_deadline: Duration::from_secs(3),
+            fetch_deadline: Duration::from_mins(10),
             create_deadline: Duration::from_secs(8),
             step_deadline: Duration::from_secs(6),
             machine: Machine::Simulated { boot_id: format!("boot-{number}-{}", node.boot) },

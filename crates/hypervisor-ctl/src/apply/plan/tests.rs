@@ -65,14 +65,32 @@ fn an_instance_that_is_as_it_should_be_is_unchanged() {
 fn another_value_of_a_fixed_field_is_refused_with_its_name_and_the_remedy() {
     for (from, to, field) in [
         ("debian-13", "debian-12", "spec.image"),
-        ("1GiB", "2GiB", "spec.memory_bytes"),
-        ("cpus: 2", "cpu_cores: 4", "spec.cpu_cores"),
+        ("cpus: 2", "kernel: other", "spec.kernel"),
         ("type: vm", "type: container", "type"),
     ] {
         let error = plan(&document(&WEB.replace(from, to)), Some(&web())).unwrap_err().to_string();
         assert!(error.starts_with(&format!("web.yaml:1: {field}: ")), "{error}");
         assert!(error.contains("hypervisor-ctl instance delete web"), "{error}");
     }
+}
+
+#[test]
+fn cores_memory_and_disks_change_and_disks_never_shrink() {
+    let mut existing = web();
+    let disk = |name: &str, mib: i64| v1::DiskSpec {
+        name: name.into(),
+        size_bytes: mib << 20,
+        ..Default::default()
+    };
+    existing.spec.as_mut().unwrap().disks = vec![disk("data", 64), disk("old", 1)];
+    let spec = "cpus: 4, memory: 2GiB, disks: [{name: data, size: 128MiB}, {name: more, size: 1MiB}]";
+    let text = WEB.replace("cpus: 2, memory: 1GiB", spec);
+    let update = plan(&document(&text), Some(&existing)).unwrap().update.unwrap();
+    assert_eq!((update.cpu_cores, update.memory_bytes), (Some(4), Some(2 << 30)));
+    assert_eq!(update.set_disks, [disk("data", 128), disk("more", 1)]);
+    assert_eq!(update.remove_disks, ["old"]);
+    let smaller = plan(&document(&text.replace("128MiB", "32MiB")), Some(&existing)).unwrap_err().to_string();
+    assert!(smaller.contains("disk data has ") && smaller.contains("disks cannot shrink"), "{smaller}");
 }
 
 #[test]

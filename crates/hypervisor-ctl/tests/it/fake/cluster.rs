@@ -4,11 +4,9 @@ use hv_proto::v1::cluster_service_server::ClusterService;
 use hv_proto::v1::{self, EventType, NodeStatus};
 use hv_types::ErrorCode;
 use pbjson_types::Empty;
-use tonic::{Request, Response, Status, async_trait};
+use tonic::{Request, Response, async_trait};
 
-use super::{Service, Streamed, status};
-
-type Answer<T> = Result<Response<T>, Status>;
+use super::{Answer, Service, Streamed, status};
 
 fn unsupported<T>() -> Answer<T> {
     Err(status(ErrorCode::Unsupported, "the fake cannot do this"))

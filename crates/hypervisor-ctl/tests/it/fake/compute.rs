@@ -8,11 +8,9 @@ use hv_types::ErrorCode;
 use pbjson_types::Empty;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
-use tonic::{Request, Response, Status, Streaming, async_trait};
+use tonic::{Request, Response, Streaming, async_trait};
 
-use super::{Service, Streamed, status};
-
-type Answer<T> = Result<Response<T>, Status>;
+use super::{Answer, Service, Streamed, images, status};
 
 /// Instances per page, small so that paging is used.
 const PAGE_SIZE: usize = 2;
@@ -300,8 +298,8 @@ impl ComputeService for Service {
         Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
     }
 
-    async fn pull_image(&self, _: Request<v1::PullImageRequest>) -> Answer<Self::PullImageStream> {
-        Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
+    async fn pull_image(&self, request: Request<v1::PullImageRequest>) -> Answer<Self::PullImageStream> {
+        images::pull(request.into_inner())
     }
 
     async fn update_instance(&self, _: Request<v1::UpdateInstanceRequest>) -> Answer<v1::Instance> {
@@ -337,34 +335,30 @@ impl ComputeService for Service {
         Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
     }
 
-    async fn get_image(&self, _: Request<v1::GetImageRequest>) -> Answer<v1::Image> {
-        Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
+    async fn get_image(&self, request: Request<v1::GetImageRequest>) -> Answer<v1::Image> {
+        images::get(&request.into_inner().name)
     }
 
-    async fn delete_image(&self, _: Request<v1::DeleteImageRequest>) -> Answer<v1::DeleteImageResponse> {
-        Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
+    async fn delete_image(
+        &self,
+        request: Request<v1::DeleteImageRequest>,
+    ) -> Answer<v1::DeleteImageResponse> {
+        images::delete(&request.into_inner().name)
     }
 
     async fn collect_images(
         &self,
-        _: Request<v1::CollectImagesRequest>,
+        request: Request<v1::CollectImagesRequest>,
     ) -> Answer<v1::CollectImagesResponse> {
-        Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
+        Ok(Response::new(images::collect(&request.into_inner())))
     }
 
-    async fn upload_image(&self, _: Request<Streaming<v1::UploadImageRequest>>) -> Answer<v1::Image> {
-        Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
+    async fn upload_image(&self, request: Request<Streaming<v1::UploadImageRequest>>) -> Answer<v1::Image> {
+        images::upload(request.into_inner()).await
     }
 
     async fn list_images(&self, _: Request<v1::ListImagesRequest>) -> Answer<v1::ListImagesResponse> {
-        let image = v1::Image {
-            id: "tiny".into(),
-            name: "tiny".into(),
-            size_bytes: 5 << 20,
-            r#type: v1::InstanceType::Vm as i32,
-            node_ids: vec!["node-a-id".into()],
-            ..Default::default()
-        };
+        let image = images::tiny();
         Ok(Response::new(v1::ListImagesResponse { images: vec![image], next_page_token: String::new() }))
     }
 

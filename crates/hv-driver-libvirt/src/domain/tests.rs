@@ -1,0 +1,81 @@
+//! Names and values of users are text in a domain's description, whatever they contain.
+
+use hv_driver::InstanceConfig;
+use hv_types::{InstanceSpec, Metadata};
+
+use super::*;
+
+pub(super) fn node() -> Node {
+    Node {
+        version: String::new(),
+        emulator: "/x/emulator".into(),
+        kind: "qemu",
+        owner: (0, 0),
+        has_uefi: true,
+        has_tpm: true,
+        has_spice: true,
+        message: String::new(),
+    }
+}
+
+fn stored(name: &str) -> Stored {
+    let spec = InstanceSpec { cpu_cores: 2, memory_bytes: 64 << 20, ..InstanceSpec::default() };
+    let id = "one".parse().unwrap();
+    let config =
+        InstanceConfig { id, name: name.to_owned(), spec, metadata: Metadata::default(), image: None };
+    Stored {
+        version: Stored::VERSION,
+        config,
+        uuid: uuid::Uuid::from_u128(1),
+        mac: "52:54:00:00:00:01".to_owned(),
+        network: None,
+        kernel: None,
+        initrd: None,
+        cmdline: String::new(),
+        disks: Vec::new(),
+        disk_dir: None,
+    }
+}
+
+#[test]
+fn nothing_that_a_user_writes_becomes_markup() {
+    let nasty = "</title><devices><disk type='block'/>]]><!-- & \" ' \u{0} \u{7}";
+    let mut machine = stored(nasty);
+    machine.config.metadata.labels.insert(nasty.to_owned(), nasty.to_owned());
+    machine.kernel = Some(format!("/images/{nasty}").into());
+    machine.cmdline = nasty.to_owned();
+    machine.config.spec.firmware = Some(Firmware::Uefi);
+    machine.disks.push(StoredDisk {
+        name: nasty.to_owned(),
+        path: format!("/{nasty}").into(),
+        format: DiskFormat::Qcow2,
+        base: Some((format!("/base{nasty}").into(), DiskFormat::Raw)),
+        serial: nasty.to_owned(),
+        read_only: false,
+        target: "vda".to_owned(),
+        size_bytes: 0,
+    });
+    let dir = InstanceDir { path: format!("/state/{nasty}").into() };
+    let document = describe(&machine, &dir, &node()).to_xml();
+    let read = Element::parse(&document).unwrap();
+    assert_eq!(read.all("devices").count(), 1);
+    assert_eq!(read.at("devices").unwrap().all("disk").count(), 1);
+    let carried: String = nasty.chars().filter(|c| !c.is_control()).collect();
+    let disk = read.at("devices/disk").unwrap();
+    assert_eq!(disk.attribute("type"), Some("file"));
+    assert_eq!(disk.at("source").unwrap().attribute("file"), Some(format!("/{carried}").as_str()));
+    assert_eq!(read.at("os/cmdline").unwrap().text, carried);
+    let label = read.at("metadata/hv:instance/hv:label").unwrap();
+    assert_eq!((label.attribute("key"), label.text.as_str()), (Some(carried.as_str()), carried.as_str()));
+    assert!(read.text_at("title").unwrap().starts_with("</title>"));
+}
+
+#[test]
+fn a_machine_has_room_to_grow_and_ports_to_plug_into() {
+    assert_eq!((max_cores(1), max_cores(100), max_cores(300)), (4, 255, 300));
+    let domain = describe(&stored("x"), &InstanceDir { path: "/s/one".into() }, &node());
+    let devices = domain.at("devices").unwrap();
+    let ports = devices.all("controller").filter(|c| c.attribute("model") == Some("pcie-root-port"));
+    assert_eq!(ports.count(), OWN_PORTS + SPARE_PORTS);
+    assert_eq!(domain.at("vcpu").unwrap().attribute("current"), Some("2"));
+}

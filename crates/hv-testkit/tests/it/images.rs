@@ -1,0 +1,145 @@
+//! Images: fetched by nodes, kept while they are used, removed when they are not.
+
+use anyhow::{Context, Result, ensure};
+use futures::StreamExt as _;
+use hv_client::ComputeClient;
+use hv_proto::v1;
+use hv_testkit::{AgentOptions, Ask, Cluster, ClusterOptions, create_request, until};
+use tonic::Code;
+
+const VM: i32 = v1::InstanceType::Vm as i32;
+
+/// A cluster of two nodes that may fetch files of a directory, and such a file, as a reference.
+async fn cluster() -> Result<(Cluster, tempfile::TempDir, String)> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("disk.raw");
+    std::fs::write(&path, vec![7; 3 << 20])?;
+    let mut cluster = Cluster::start(ClusterOptions::default()).await?;
+    for _ in 0..2 {
+        let env = vec![("HYPERVISOR_IMAGES_FILE_DIRS", format!("[{}]", dir.path().display()))];
+        // More room than the instances of a test take from it.
+        let capacity = Some((64, 1 << 40));
+        let options = AgentOptions { drivers: vec!["fake"], env, capacity, ..AgentOptions::default() };
+        cluster.add_agent(options).await?;
+    }
+    cluster.until_ready(2).await?;
+    Ok((cluster, dir, format!("file://{}", path.display())))
+}
+
+fn create(name: &str, image: &str) -> v1::CreateInstanceRequest {
+    let mut request = create_request(name);
+    if let Some(spec) = &mut request.spec {
+        spec.image = image.into();
+    }
+    request
+}
+
+async fn until_state(client: &ComputeClient, id: &str, state: v1::InstanceState) -> Result<v1::Instance> {
+    let request = v1::GetInstanceRequest { instance_id: id.into() };
+    until(&format!("{id} to be {}", state.as_str_name()), async || {
+        let instance = client.clone().get_instance(request.clone()).await?.into_inner();
+        Ok((instance.state() == state).then_some(instance))
+    })
+    .await
+}
+
+async fn until_gone(client: &ComputeClient, id: &str) -> Result<()> {
+    until(&format!("{id} to be gone"), async || {
+        let request = v1::GetInstanceRequest { instance_id: id.into() };
+        let answer = client.clone().get_instance(request).await;
+        Ok(answer.is_err_and(|status| status.code() == Code::NotFound).then_some(()))
+    })
+    .await
+}
+
+async fn pulled(client: &ComputeClient, image: &str, node: Option<&str>) -> Result<v1::PullImageProgress> {
+    let request = v1::PullImageRequest {
+        image_ref: image.into(),
+        r#type: VM,
+        node_ids: node.into_iter().map(str::to_owned).collect(),
+        ..v1::PullImageRequest::default()
+    };
+    let steps: Vec<_> = client.clone().pull_image(request).await?.into_inner().collect().await;
+    steps.into_iter().last().context("the stream was empty")?.map_err(Into::into)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_is_fetched_for_an_instance_and_stays_while_it_is_used() -> Result<()> {
+    let (cluster, _dir, image) = cluster().await?;
+    let client = cluster.clients()?.compute();
+    let work = async {
+        let id = client.clone().create_instance(create("a", &image)).await?.into_inner().id;
+        let instance = until_state(&client, &id, v1::InstanceState::Running).await?;
+
+        let request = v1::DeleteImageRequest {
+            name: image.clone(),
+            node_ids: vec![instance.node_id.clone()],
+            ..v1::DeleteImageRequest::default()
+        };
+        let refused = client.clone().delete_image(request.clone()).await?.into_inner();
+        let why = refused.failed.get(&instance.node_id).context("it was removed under its instance")?;
+        ensure!(why.contains("in use"), "why: {why}");
+
+        Ask::Delete.send(&client, &id, "delete").await?;
+        until_gone(&client, &id).await?;
+        let removed = client.clone().delete_image(request).await?.into_inner();
+        ensure!(removed.node_ids == [instance.node_id], "{removed:?}");
+        Ok(())
+    };
+    let outcome: Result<()> = work.await;
+    outcome.map_err(|error| error.context(cluster.logs()))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_is_pulled_to_nodes_and_preferred_where_it_is() -> Result<()> {
+    let (cluster, _dir, image) = cluster().await?;
+    let client = cluster.clients()?.compute();
+    let work = async {
+        let nodes = cluster.clients()?.cluster().list_nodes(v1::ListNodesRequest::default()).await?;
+        let node = nodes.into_inner().nodes.first().context("no nodes")?.id.clone();
+        let last = pulled(&client, &image, Some(&node)).await?;
+        ensure!(last.completed, "{last:?}");
+        until("the image to be listed", async || {
+            let request = v1::GetImageRequest { name: image.clone() };
+            let found = client.clone().get_image(request).await;
+            Ok(found.is_ok_and(|found| found.into_inner().node_ids == [node.clone()]).then_some(()))
+        })
+        .await?;
+        for index in 0..4 {
+            let request = create(&format!("b{index}"), &image);
+            let id = client.clone().create_instance(request).await?.into_inner().id;
+            let instance = until_state(&client, &id, v1::InstanceState::Running).await?;
+            ensure!(instance.node_id == node, "{} is on {}", instance.name, instance.node_id);
+        }
+        let all = pulled(&client, &image, None).await?;
+        ensure!(all.completed && all.total == 2, "{all:?}");
+        Ok(())
+    };
+    let outcome: Result<()> = work.await;
+    outcome.map_err(|error| error.context(cluster.logs()))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_cannot_be_had_fails_its_instance_with_the_reason() -> Result<()> {
+    let (cluster, dir, _) = cluster().await?;
+    let client = cluster.clients()?.compute();
+    let work = async {
+        let absent = format!("file://{}/absent.raw", dir.path().display());
+        for (name, image, expected) in [
+            ("absent", absent.as_str(), "absent.raw"),
+            ("forbidden", "file:///etc/passwd", "not allowed"),
+            ("garbage", "oci://UPPER/case", "no image reference"),
+        ] {
+            let id = client.clone().create_instance(create(name, image)).await?.into_inner().id;
+            let failed = until_state(&client, &id, v1::InstanceState::Failed).await?;
+            ensure!(failed.state_reason.contains(expected), "{name}: {}", failed.state_reason);
+            let last = pulled(&client, image, None).await?;
+            ensure!(!last.completed && last.error.contains(expected), "{name}: {last:?}");
+            Ask::Delete.send(&client, &id, &format!("delete-{name}")).await?;
+            until_gone(&client, &id).await?;
+        }
+        Ok(())
+    };
+    let outcome: Result<()> = work.await;
+    outcome.map_err(|error| error.context(cluster.logs()))
+}

@@ -1,0 +1,91 @@
+//! The image of an instance, before its driver creates it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hv_driver::{Driver, DriverError, LocalImage};
+use hv_types::{InstanceState, Wanted};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{Called, Worker};
+use crate::entry::Entry;
+use crate::images::told;
+use crate::plan::Step;
+
+/// How often it is looked how far a fetch is.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// What it is called in errors.
+const OPERATION: &str = "fetch the image";
+
+/// What a fetch comes to: the image, or that the driver looks for it itself.
+type Outcome = Result<Option<LocalImage>, DriverError>;
+
+/// A fetch under way; dropping it gives it up.
+struct Fetch {
+    outcome: Arc<Mutex<Option<Outcome>>>,
+    /// Closed when there is an outcome.
+    going: watch::Receiver<()>,
+    _task: AbortOnDropHandle<()>,
+}
+
+impl Fetch {
+    fn begin(work: impl Future<Output = Outcome> + Send + 'static) -> Self {
+        let outcome = Arc::new(Mutex::new(None));
+        let (end, going) = watch::channel(());
+        let slot = Arc::clone(&outcome);
+        let task = tokio::spawn(async move {
+            let done = work.await;
+            *slot.lock() = Some(done);
+            drop(end);
+        });
+        Self { outcome, going, _task: AbortOnDropHandle::new(task) }
+    }
+}
+
+impl Worker {
+    /// Sees to it that the image of the instance is on this node, and tells how far it is. False: it is not, and what was
+    /// to be done with it is over, or put off.
+    pub(super) async fn provide_image(&mut self, driver: &Arc<dyn Driver>, serial: u64) -> bool {
+        let images = Arc::clone(&self.context.images);
+        if !images.concerns(&self.entry.config, self.entry.instance_type) {
+            return true;
+        }
+        let (progress, seen) = watch::channel(Default::default());
+        let (config, instance_type) = (self.entry.config.clone(), self.entry.instance_type);
+        let fetch = Fetch::begin(images.provide(Arc::clone(driver), config, instance_type, progress));
+        let end = Instant::now() + self.context.tuning.fetch_deadline;
+        let is_pointless = |entry: &Entry| entry.wanted == Wanted::Deleted || entry.released;
+        let error = loop {
+            let mut going = fetch.going.clone();
+            let look = Box::pin(async move {
+                // Either way it is looked at what there is.
+                let _ = tokio::time::timeout(LOOK_EVERY, going.changed()).await;
+                Ok(())
+            });
+            let left = end.saturating_duration_since(Instant::now());
+            match self.call(look, left, OPERATION, None, is_pointless).await {
+                Called::Overtaken => return false,
+                Called::Done(Err(error)) => break error,
+                Called::Done(Ok(())) => {}
+            }
+            let outcome = fetch.outcome.lock().take();
+            match outcome {
+                Some(Ok(image)) => {
+                    self.entry.config.image = image;
+                    return true;
+                }
+                Some(Err(error)) => break error,
+                None => {
+                    let reason = told(*seen.borrow());
+                    self.publish(InstanceState::Creating, &reason);
+                }
+            }
+        };
+        self.look = true;
+        self.setback(Step::Create, serial, &error);
+        false
+    }
+}

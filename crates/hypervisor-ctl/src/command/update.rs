@@ -1,0 +1,87 @@
+//! `instance update`: asks for it, waits until the node has done it, and says what has to wait.
+
+use hv_proto::v1::{self, InstanceState, InstanceWanted};
+use hv_types::InstanceType;
+use tokio::time::Instant;
+
+use super::{Context, instance};
+use crate::cli::UpdateArgs;
+use crate::error::{CtlError, exit_code};
+use crate::output::text::escape;
+use crate::reference::{self, noun};
+use crate::server::RequestKeys;
+use crate::wait::{Goal, Wait, deadline};
+
+pub(super) async fn run(
+    context: &Context,
+    only: Option<InstanceType>,
+    args: &UpdateArgs,
+) -> Result<u8, CtlError> {
+    let target = reference::instance(&context.server, only, &args.target).await?;
+    let request = v1::UpdateInstanceRequest {
+        instance_id: target.id.clone(),
+        name: args.name.clone(),
+        cpu_cores: args.cpus,
+        memory_bytes: args.memory.map(|size| i64::try_from(size.bytes()).unwrap_or(i64::MAX)),
+        set_disks: args.set_disk.clone(),
+        remove_disks: args.remove_disk.clone(),
+        if_revision: args.if_revision.unwrap_or_default(),
+        request_key: RequestKeys::new(&args.key).next(),
+    };
+    let empty = v1::UpdateInstanceRequest {
+        instance_id: request.instance_id.clone(),
+        if_revision: request.if_revision,
+        request_key: request.request_key.clone(),
+        ..Default::default()
+    };
+    if request == empty {
+        return Err(CtlError::Usage(
+            "nothing to change; give --cpus, --memory, --name, --set-disk or --remove-disk".to_owned(),
+        ));
+    }
+    let mut updated = ask(context, &request).await?;
+    let name = escape(&updated.name);
+    if args.wait.no_wait {
+        context.output.confirm(format!("instance {name} is asked to change"))?;
+    } else {
+        updated = settled(context, updated, deadline(context.server.timeout)).await?;
+        context.output.confirm(format!("instance {name} is changed"))?;
+        if !updated.update_note.is_empty() {
+            context.note(&format!("it takes effect at the next start: {}", escape(&updated.update_note)));
+        }
+    }
+    if !context.output.format.is_for_people() {
+        instance::print(context, noun(only), vec![updated])?;
+    }
+    Ok(exit_code::OK)
+}
+
+/// Sends the request; it must have a request key.
+pub(super) async fn ask(
+    context: &Context,
+    request: &v1::UpdateInstanceRequest,
+) -> Result<v1::Instance, CtlError> {
+    let server = &context.server;
+    server.call(async || server.compute().update_instance(request.clone()).await).await
+}
+
+/// Waits until its node has finished with it. What no node has, or has failed already, is not waited for.
+pub(super) async fn settled(
+    context: &Context,
+    updated: v1::Instance,
+    end: Instant,
+) -> Result<v1::Instance, CtlError> {
+    let goal = match updated.wanted() {
+        InstanceWanted::Paused => Goal::Paused,
+        InstanceWanted::Stopped => Goal::Stopped,
+        InstanceWanted::Running | InstanceWanted::Unspecified => Goal::Running,
+        InstanceWanted::Deleted => return Ok(updated),
+    };
+    if updated.node_id.is_empty() || updated.state() == InstanceState::Unknown {
+        return Ok(updated);
+    }
+    let mut progress = context.progress();
+    let generation = updated.generation;
+    let wait = Wait { server: &context.server, progress: &mut progress, goal, generation, instance: updated };
+    Box::pin(wait.until(end)).await
+}

@@ -1,0 +1,128 @@
+//! The way that operations take to the agents of nodes: the pool of channels, with a bound for each call.
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use hv_client::{AgentClient, AgentPool};
+use hv_cluster::Cluster;
+use hv_cluster::operations::{Answer, Nodes};
+use hv_proto::{status, v1};
+use hv_types::{InstanceId, NodeId, ServiceError};
+use tonic::{Request, Status};
+
+/// How long a question may take.
+const ASK: Duration = Duration::from_secs(5);
+/// How long a node may take to prepare, to begin, or to undo; it goes on with it, and is asked again.
+const WORK: Duration = Duration::from_secs(30);
+/// How long a node may take to keep disks and memory, or to return to them.
+const SNAPSHOT: Duration = Duration::from_mins(10);
+
+/// The agents, found by the records of their nodes.
+pub(crate) struct AgentNodes {
+    cluster: Weak<Cluster>,
+    agents: AgentPool,
+}
+
+impl AgentNodes {
+    /// The agents of this cluster's nodes.
+    pub(crate) fn new(cluster: &Arc<Cluster>, agents: AgentPool) -> Arc<Self> {
+        // The cluster holds this, and not the other way round.
+        Arc::new(Self { cluster: Arc::downgrade(cluster), agents })
+    }
+
+    fn agent(&self, node: &NodeId) -> Answer<AgentClient> {
+        let cluster =
+            self.cluster.upgrade().ok_or_else(|| ServiceError::unavailable("the server is stopping"))?;
+        let record = cluster.cache().read(|state| state.node(node).and_then(|entry| entry.record.clone()));
+        let record = record.ok_or_else(|| ServiceError::not_found(format!("node {node} does not exist")))?;
+        let host = if record.ip.contains(':') { format!("[{}]", record.ip) } else { record.ip.clone() };
+        self.agents.get(&format!("{host}:{}", record.port)).map_err(|error| {
+            let message = format!("the address of node {} cannot be used", record.hostname);
+            ServiceError::unavailable(message).caused_by(error)
+        })
+    }
+}
+
+fn bounded<T>(message: T, bound: Duration) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(bound);
+    request
+}
+
+/// The answer, if it comes within its bound. The agent is told of the bound too, and answers before it ends.
+async fn within<T>(
+    bound: Duration,
+    call: impl Future<Output = Result<tonic::Response<T>, Status>> + Send,
+) -> Answer<T> {
+    match tokio::time::timeout(bound, call).await {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) => Err(status::from_status(&status)),
+        Err(_) => Err(ServiceError::unavailable(format!("no answer within {} s", bound.as_secs()))),
+    }
+}
+
+#[async_trait]
+impl Nodes for AgentNodes {
+    async fn prepare_incoming(
+        &self,
+        node: &NodeId,
+        request: v1::AgentPrepareIncomingRequest,
+    ) -> Answer<v1::AgentPrepareIncomingResponse> {
+        let mut agent = self.agent(node)?;
+        within(WORK, agent.prepare_incoming(bounded(request, WORK))).await
+    }
+
+    async fn begin_migration(
+        &self,
+        node: &NodeId,
+        request: v1::AgentBeginMigrationRequest,
+    ) -> Answer<v1::AgentMigrationStatus> {
+        let mut agent = self.agent(node)?;
+        within(WORK, agent.begin_migration(bounded(request, WORK))).await
+    }
+
+    async fn migration(
+        &self,
+        node: &NodeId,
+        instance: &InstanceId,
+        migration: &str,
+    ) -> Answer<v1::AgentMigrationStatus> {
+        let mut agent = self.agent(node)?;
+        let request =
+            v1::AgentMigrationRequest { instance_id: instance.to_string(), migration_id: migration.into() };
+        within(ASK, agent.get_migration(bounded(request, ASK))).await
+    }
+
+    async fn abort_migration(&self, node: &NodeId, instance: &InstanceId, migration: &str) -> Answer<()> {
+        let mut agent = self.agent(node)?;
+        let request =
+            v1::AgentMigrationRequest { instance_id: instance.to_string(), migration_id: migration.into() };
+        within(WORK, agent.abort_migration(bounded(request, WORK))).await.map(drop)
+    }
+
+    async fn create_snapshot(
+        &self,
+        node: &NodeId,
+        request: v1::AgentSnapshotRequest,
+    ) -> Answer<v1::InstanceSnapshot> {
+        let mut agent = self.agent(node)?;
+        within(SNAPSHOT, agent.create_snapshot(bounded(request, SNAPSHOT))).await
+    }
+
+    async fn revert_instance(&self, node: &NodeId, request: v1::AgentSnapshotRequest) -> Answer<()> {
+        let mut agent = self.agent(node)?;
+        within(SNAPSHOT, agent.revert_instance(bounded(request, SNAPSHOT))).await.map(drop)
+    }
+
+    async fn delete_snapshot(&self, node: &NodeId, request: v1::AgentSnapshotRequest) -> Answer<()> {
+        let mut agent = self.agent(node)?;
+        within(SNAPSHOT, agent.delete_snapshot(bounded(request, SNAPSHOT))).await.map(drop)
+    }
+
+    async fn snapshots(&self, node: &NodeId, instance: &InstanceId) -> Answer<Vec<v1::InstanceSnapshot>> {
+        let mut agent = self.agent(node)?;
+        let request = v1::AgentInstanceRequest { instance_id: instance.to_string() };
+        within(WORK, agent.list_snapshots(bounded(request, WORK))).await.map(|listed| listed.snapshots)
+    }
+}
