@@ -73,6 +73,11 @@ run-agent: ## Run an agent that joins the server of run-server
 demo: ## Boot a virtual machine through the whole system (KEEP=1 leaves it running)
 	KEEP=$(KEEP) hack/demo.sh
 
+.PHONY: test-libvirt
+test-libvirt: ## Run the suite of the libvirt driver against a libvirtd of its own (needs root; installs libvirt)
+	hack/setup.sh libvirt
+	cargo nextest run --package hv-driver-libvirt --features libvirt
+
 .PHONY: bench
 bench: ## Measure every bar and print one table (ROWS="lists watchers" for some groups only)
 	hack/bench.sh $(ROWS)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Installs what building and testing need and is not there yet: setup.sh [packages|tools|images|demo|all]
+# Installs what building and testing need and is not there yet: setup.sh [packages|tools|images|libvirt|demo|all]
 #   packages  the distribution's packages (Debian, Ubuntu) and the Rust tool chain; the only part for root
 #   tools     what only the tests need: cargo-nextest, and etcd 3.5.1 and Firecracker 1.12.1 into the cache directory
 #   images    the guest images that the tests and the demo boot, into the cache directory
+#   libvirt   what make test-libvirt needs
 #   demo      what the demo needs: packages and images
 # The cache directory is $HYPERVISOR_CACHE, else hypervisor/ below $XDG_CACHE_HOME or ~/.cache.
 
@@ -195,6 +196,15 @@ setup_firecracker() {
   say "tools: firecracker $FIRECRACKER_VERSION is in $target"
 }
 
+# What the suite of the libvirt driver needs; the suite starts daemons of its own.
+setup_libvirt() {
+  setup_packages
+  if ! is_there virsh || ! is_there libvirtd; then
+    apt_install libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients swtpm swtpm-tools
+  fi
+  id libvirt-qemu >/dev/null 2>&1 || as_root useradd --system --no-create-home libvirt-qemu
+}
+
 setup_images() {
   local build=(python3 "$REPO/hack/image_tiny.py" --cache "$CACHE")
   "${build[@]}" && return
@@ -220,11 +230,12 @@ main() {
     packages) setup_packages ;;
     tools) setup_tools ;;
     images) setup_images ;;
+    libvirt) setup_libvirt ;;
     demo) setup_parts packages images ;;
     all) setup_parts packages tools images ;;
-    *) die "unknown part '$1': packages, tools, images, demo or all" ;;
+    *) die "unknown part '$1': packages, tools, images, libvirt, demo or all" ;;
   esac
 }
 
-[ $# -le 1 ] || die "usage: hack/setup.sh [packages|tools|images|demo|all]"
+[ $# -le 1 ] || die "usage: hack/setup.sh [packages|tools|images|libvirt|demo|all]"
 main "$@"

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{NodeId, Revision};
-use crate::image::ImageInfo;
+use crate::image::{ImageInfo, is_reference};
 use crate::instance::InstanceType;
 use crate::label::{Labels, Metadata};
 use crate::placement::{Overcommit, Taint};
@@ -199,10 +199,12 @@ impl NodeRecord {
         self.drivers.iter().any(|driver| driver.instance_type == instance_type && driver.healthy)
     }
 
-    /// Whether an instance of this type can use the image here.
+    /// Whether an instance of this type can use the image here, be it after the node fetched it.
     #[must_use]
     pub fn has_image(&self, instance_type: InstanceType, image: &str) -> bool {
+        let fetches = |d: &DriverInfo| d.instance_type == instance_type && d.takes_fetched_images();
         image.is_empty()
+            || (is_reference(image) && self.drivers.iter().any(fetches))
             || self.drivers.iter().any(|d| d.instance_type == instance_type && !d.images_are_local)
             || self.images.iter().any(|i| i.instance_type == instance_type && i.name == image)
     }

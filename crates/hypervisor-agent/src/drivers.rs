@@ -129,8 +129,8 @@ fn fake_options(config: &Config, state_dir: &Path) -> Result<FakeOptions, Refuse
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_type_that_the_node_is_to_run_gets_its_driver() {
+    #[tokio::test]
+    async fn a_type_that_the_node_is_to_run_gets_its_driver() {
         let names = |config: &Config| -> Vec<_> {
             choose(config).unwrap().all().iter().map(|driver| driver.name()).collect()
         };

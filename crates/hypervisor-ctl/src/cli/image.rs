@@ -19,7 +19,10 @@ pub enum ImageCommand {
     /// Send a file to a node as an image
     Push(ImagePushArgs),
     /// Show one image: what it is, where it is, how many instances use it
-    #[command(visible_aliases = ["get", "describe"])]
+    #[command(
+        visible_aliases = ["get", "describe"],
+        after_long_help = "Examples:\n  hypervisor-ctl image inspect debian-13"
+    )]
     Inspect(ImageNameArgs),
     /// Remove an image from nodes; refused where an instance uses it
     #[command(visible_alias = "rm")]

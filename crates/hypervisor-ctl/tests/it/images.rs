@@ -34,7 +34,7 @@ fn a_file_is_sent_whole() {
         serde_json::from_str(&ctl(&fake, &[&push[..], &["-o", "json"]].concat()).ok()).unwrap();
     assert_eq!(image.size_bytes, 700_001);
     let absent = ["image", "push", "absent.raw", "--type", "vm", "--name", "x", "--node", "alpha"];
-    let why = ctl(&fake, &absent).failed(1);
+    let why = ctl(&fake, &absent).failed(2);
     assert!(why.contains("cannot read absent.raw"), "{why}");
 }
 

@@ -28,12 +28,18 @@ instance explain
 instance get
 instance list
 instance logs
+instance migrate
 instance pause
 instance restart
 instance resume
+instance snapshot create
+instance snapshot delete
+instance snapshot list
+instance snapshot revert
 instance start
 instance stats
 instance stop
+instance update
 man
 microvm …
 node confirm-down
