@@ -243,7 +243,13 @@ async fn stop_transfer(live: &Live) -> Outcome<()> {
             let told = live.monitor.command("query-migrate", None).await?;
             match told["status"].as_str().unwrap_or("none") {
                 "none" | "completed" | "failed" | "cancelled" => return Ok(()),
-                "cancelling" => {}
+                // A cancel that comes while QEMU is about to pause before the switch-over leaves it waiting there for ever
+                // (QEMU 7.2, migration_maybe_pause: the state changes first, so nobody wakes it). One more wake-up frees
+                // it, and does no harm where it does not wait: the next migration takes back what is left over.
+                "cancelling" => {
+                    let wake = json!({ "state": "cancelling" });
+                    let _ = live.monitor.command("migrate-continue", Some(wake)).await;
+                }
                 _ => drop(live.monitor.command("migrate_cancel", None).await?),
             }
             tokio::time::sleep(LOOK_INTERVAL).await;

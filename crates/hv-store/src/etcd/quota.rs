@@ -23,6 +23,10 @@ pub const REFUSE_PERCENT: u64 = 90;
 /// Below this share they are accepted again.
 pub const ACCEPT_PERCENT: u64 = 80;
 
+/// Puts are refused from this share on that the size last seen and what was written since come to together: the look at
+/// the members may be late, and etcd's alarm is not.
+const HOLD_PERCENT: u64 = 95;
+
 /// How often the members are asked for their sizes.
 const PERIOD: Duration = Duration::from_secs(5);
 /// They are asked earlier once this share of the quota was written through this store.
@@ -63,7 +67,8 @@ impl Quota {
         if put_bytes == 0 {
             return Ok(());
         }
-        if self.refusing.load(Ordering::Relaxed) {
+        if self.refusing.load(Ordering::Relaxed) || self.is_overdue() {
+            self.ask.notify_one();
             return Err(StoreError::Full(format!("{} at {}", self.describe(), members.endpoints())));
         }
         let written = self.written.fetch_add(put_bytes as u64, Ordering::Relaxed) + put_bytes as u64;
@@ -71,6 +76,13 @@ impl Quota {
             self.ask.notify_one();
         }
         Ok(())
+    }
+
+    /// Whether so much was written since the sizes were seen that the quota may be near.
+    fn is_overdue(&self) -> bool {
+        let written = self.written.load(Ordering::Relaxed);
+        let ahead = u128::from(self.size_bytes.load(Ordering::Relaxed)) + u128::from(written);
+        written > 0 && ahead * 100 >= u128::from(self.bytes()) * u128::from(HOLD_PERCENT)
     }
 
     pub(super) fn is_refusing(&self) -> bool {
@@ -165,6 +177,20 @@ mod tests {
         for (before, size, refused) in cases {
             assert_eq!(refuses(before, size, 100), refused, "at {size} %, refusing before: {before}");
         }
+    }
+
+    #[test]
+    fn what_was_written_since_the_last_look_counts_too() {
+        let quota = Quota::new(Some(1000));
+        quota.saw(700, 0);
+        quota.written.store(249, Ordering::Relaxed);
+        assert!(!quota.is_overdue());
+        quota.written.store(250, Ordering::Relaxed);
+        assert!(quota.is_overdue());
+        // Once they were looked at it is their size alone that counts.
+        quota.written.store(0, Ordering::Relaxed);
+        quota.saw(950, 0);
+        assert!(!quota.is_overdue() && quota.is_refusing());
     }
 
     #[test]
