@@ -128,7 +128,7 @@ async fn an_image_that_cannot_be_had_fails_its_instance_with_the_reason() -> Res
         for (name, image, expected) in [
             ("absent", absent.as_str(), "absent.raw"),
             ("forbidden", "file:///etc/passwd", "not allowed"),
-            ("garbage", "oci://UPPER/case", "no image reference"),
+            ("garbage", "ftp://host/disk.raw", "no image reference"),
         ] {
             let id = client.clone().create_instance(create(name, image)).await?.into_inner().id;
             let failed = until_state(&client, &id, v1::InstanceState::Failed).await?;
