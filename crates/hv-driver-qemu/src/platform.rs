@@ -224,10 +224,15 @@ async fn probe_kvm(binary: &Path) -> Result<(), String> {
     }
     let firmware = tempfile::NamedTempFile::new().map_err(|e| format!("the probe cannot be written: {e}"))?;
     fs::write(firmware.path(), probe_firmware()).map_err(|e| format!("the probe cannot be written: {e}"))?;
-    run_probe(binary, "kvm", firmware.path()).await
+    run_probe(binary, "kvm", firmware.path(), PROBE_COUNT_TIMEOUT).await
 }
 
-async fn run_probe(binary: &Path, accel: &str, firmware: &Path) -> Result<(), String> {
+async fn run_probe(
+    binary: &Path,
+    accel: &str,
+    firmware: &Path,
+    count_timeout: Duration,
+) -> Result<(), String> {
     let mut command = quiet(binary);
     command
         .args(["-machine", "pc", "-accel", accel, "-m", "2M", "-debugcon", "stdio", "-bios"])
@@ -238,7 +243,7 @@ async fn run_probe(binary: &Path, accel: &str, firmware: &Path) -> Result<(), St
     let verdict = match first {
         Ok(Ok(_)) => {
             let mut rest = [0; 2];
-            match tokio::time::timeout(PROBE_COUNT_TIMEOUT, said.read_exact(&mut rest)).await {
+            match tokio::time::timeout(count_timeout, said.read_exact(&mut rest)).await {
                 Ok(Ok(_)) if rest == *b"SE" => Ok(()),
                 _ => Err("/dev/kvm is there, but does not run a guest at a processor's speed".to_owned()),
             }
@@ -270,6 +275,7 @@ mod tests {
         };
         let firmware = tempfile::NamedTempFile::new().unwrap();
         fs::write(firmware.path(), probe_firmware()).unwrap();
-        run_probe(&binary, "tcg", firmware.path()).await.unwrap();
+        // Emulated, and beside other tests.
+        run_probe(&binary, "tcg", firmware.path(), Duration::from_secs(30)).await.unwrap();
     }
 }
