@@ -6,7 +6,7 @@
 //! that number ended. Deletion first renames the directory to `.<id>.deleting`, so that what is left of it can never
 //! be taken for an instance.
 //!
-//! What the VMM may touch lies in the instance's *root*, `jail/<name of the VMM>/<jail id>/root/`: where the jailer wants
+//! What the VMM may touch lies in the instance's *root*, the directory `root` of `jail/<name of the VMM>/<jail id>`: where the jailer wants
 //! it, and the VMM's working directory with and without a jail. It names everything relatively, so a snapshot can be
 //! loaded in any other root. The VMM is not trusted with it: nothing there is followed if it is a symbolic link.
 
