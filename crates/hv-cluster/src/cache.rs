@@ -20,6 +20,7 @@ mod list;
 mod state;
 mod tally;
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -73,8 +74,13 @@ impl Cache {
         })
     }
 
-    /// Reads the state. Keep it short: the store's changes wait meanwhile.
+    /// Reads the state. Keep it short: the store's changes wait meanwhile. It must not read the cache again: a change that
+    /// waits for the first look to end would keep the second from beginning, for ever.
+    ///
+    /// # Panics
+    /// It reads the cache again, in a build with debug assertions.
     pub fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
+        let _look = Look::begin();
         look(&self.inner.read().state)
     }
 
@@ -106,8 +112,12 @@ impl Cache {
         }
     }
 
-    /// Looks at the state and subscribes to everything after it, in one instant.
+    /// Looks at the state and subscribes to everything after it, in one instant; else as [`read`](Self::read).
+    ///
+    /// # Panics
+    /// As [`read`](Self::read) does.
     pub fn subscribe<T>(&self, look: impl FnOnce(&State) -> T) -> (T, Subscription) {
+        let _look = Look::begin();
         let inner = self.inner.read();
         (look(&inner.state), inner.feed.subscribe())
     }
@@ -117,6 +127,7 @@ impl Cache {
     /// # Errors
     /// The changes since then are no longer kept, or `from` is beyond the next revision: it is of another history.
     pub fn subscribe_from(&self, from: Revision) -> std::result::Result<Subscription, SubscriptionError> {
+        let _look = Look::begin();
         let inner = self.inner.read();
         if from.0 > inner.state.revision.0 + 1 {
             return Err(SubscriptionError::Expired);
@@ -220,6 +231,27 @@ impl Cache {
         inner.feed.publish(batch);
         drop(inner);
         self.revision.send_replace(revision);
+    }
+}
+
+/// One thread's look at the cache: with debug assertions a second within it is told of by a panic, every time, where it
+/// would otherwise hang the server now and then.
+struct Look;
+
+thread_local! {
+    static LOOKS: Cell<bool> = const { Cell::new(false) };
+}
+
+impl Look {
+    fn begin() -> Self {
+        debug_assert!(!LOOKS.replace(true), "the cache is read while it is read");
+        Self
+    }
+}
+
+impl Drop for Look {
+    fn drop(&mut self) {
+        LOOKS.set(false);
     }
 }
 

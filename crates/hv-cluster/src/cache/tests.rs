@@ -202,6 +202,14 @@ async fn after_any_history_the_state_is_that_of_a_fresh_fill_and_the_changes_add
     }
 }
 
+#[test]
+#[cfg(debug_assertions)]
+#[should_panic(expected = "the cache is read while it is read")]
+fn a_look_within_a_look_is_told_of_before_it_hangs_a_server() {
+    let cache = world().cache();
+    cache.read(|_| cache.read(State::revision));
+}
+
 #[tokio::test]
 async fn what_was_missed_and_compacted_is_published_as_differences() {
     let world = world();

@@ -114,6 +114,16 @@ impl Set {
         assert_eq!((seen.count(Call::AbortSource), seen.count(Call::AbortTarget)), (0, 0));
     }
 
+    /// What is said to a report once it is heard: the double of the agent may report at the same moment, and a node is
+    /// heard one call at a time.
+    async fn heard(&self, node: &NodeId, report: Report) -> Verdict {
+        let heard = async || match self.server.report_one(node, report.clone()).await {
+            Verdict::Retry => None,
+            verdict => Some(verdict),
+        };
+        until("the report to be heard", heard).await
+    }
+
     async fn until_call(&self, call: Call) {
         until("a call to a node", async || (self.movers.seen.lock().count(call) > 0).then_some(())).await;
     }
@@ -432,7 +442,7 @@ async fn a_deletion_ends_the_move_first() {
     assert!(set.movers.seen.lock().incoming.is_none());
     let record = set.record().await;
     assert_eq!((record.wanted, &record.migration), (Wanted::Deleted, &None));
-    assert_eq!(set.server.report_one(&"n1".parse().unwrap(), gone(&record)).await, Verdict::Accepted);
+    assert_eq!(set.heard(&"n1".parse().unwrap(), gone(&record)).await, Verdict::Accepted);
     assert_eq!(set.allocated().await, (0, 0));
 }
 
@@ -446,7 +456,7 @@ async fn an_instance_whose_record_is_gone_leaves_nothing_at_the_target() {
     set.movers.fault(Call::AbortSource, Fault::Lost(u32::MAX));
     set.server.change(&set.id, Request::Delete).await.unwrap();
     let record = set.record().await;
-    assert_eq!(set.server.report_one(&"n1".parse().unwrap(), gone(&record)).await, Verdict::Accepted);
+    assert_eq!(set.heard(&"n1".parse().unwrap(), gone(&record)).await, Verdict::Accepted);
     assert_eq!(ended(&set.server, &operation).await.state, OperationState::Cancelled);
     assert!(set.movers.seen.lock().incoming.is_none());
     assert_eq!(set.allocated().await, (0, 0));
@@ -507,24 +517,21 @@ async fn what_waits_at_a_target_is_released_once_its_move_is_over_and_not_before
     set.until_call(Call::Begin).await;
     let before = set.record().await;
     let incoming = waits(&before, &operation);
-    assert_eq!(set.server.report_one(&target, incoming.clone()).await, Verdict::Accepted);
-    assert_eq!(set.server.report_one(&target, waits(&before, "another")).await, Verdict::Release);
+    assert_eq!(set.heard(&target, incoming.clone()).await, Verdict::Accepted);
+    assert_eq!(set.heard(&target, waits(&before, "another")).await, Verdict::Release);
     // The target does not hear of the abort, and is told when it reports.
     set.movers.fault(Call::AbortTarget, Fault::Lost(u32::MAX));
     set.server.cluster.cancel_operation(&Mutation::once("cancel"), &operation).await.unwrap();
     ended(&set.server, &operation).await;
-    assert_eq!(set.server.report_one(&target, incoming).await, Verdict::Release);
+    assert_eq!(set.heard(&target, incoming).await, Verdict::Release);
     // After a move that succeeded it is the target's, however late it says that it waits.
     set.movers.heal();
     *set.movers.polls.lock() = 0;
     let incoming = waits(&before, &begin(&set.server, &set.id, &options()).await.unwrap());
     until("it to be moved", async || (set.record().await.epoch.0 == 2).then_some(())).await;
-    assert_eq!(set.server.report_one(&target, incoming).await, Verdict::Accepted);
+    assert_eq!(set.heard(&target, incoming).await, Verdict::Accepted);
     let source: NodeId = "n1".parse().unwrap();
-    assert_eq!(
-        set.server.report_one(&source, report(&before, InstanceState::Running)).await,
-        Verdict::Release
-    );
+    assert_eq!(set.heard(&source, report(&before, InstanceState::Running)).await, Verdict::Release);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -225,11 +225,12 @@ impl ClusterService for Service {
         cluster.sync().await.map_err(failed)?;
         let health = cluster.store().health().await.map_err(|error| failed(error.into()))?;
         let leader = self.0.election.leader().await.map_err(|error| failed(error.into()))?;
+        let id = cluster.id();
         let info = cluster.cache().read(|state| {
             let counts = state.counts();
             let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
             v1::ClusterInfo {
-                cluster_id: cluster.id().to_string(),
+                cluster_id: id.to_string(),
                 cluster_name: cluster.config().name.clone(),
                 version: VERSION.into(),
                 total_nodes: count(counts.nodes),
