@@ -35,6 +35,7 @@ mod log;
 pub mod metrics;
 pub mod request_id;
 mod shutdown;
+pub mod supervisor;
 
 pub use error_chain::error_chain;
 pub use log::{InitError, LogFormat, LogLevel, LogOptions, ParseLogOptionError, init, subscriber};

@@ -214,6 +214,8 @@ async fn launch(
         http: http_at.to_string(),
     };
     serve::announce(&config.agent.state_dir, &ready)?;
+    let look = move || drop(instances.views());
+    shutdown.spawn("service manager", hv_telemetry::supervisor::tell(look, shutdown.token()));
     tracing::info!(node = %node_id, grpc = %grpc_at, http = %http_at, server = ?config.agent.server_addr,
         state_dir = %config.agent.state_dir.display(), "the agent runs");
     Ok(Agent { node_id, grpc: grpc_at, http: http_at, health })

@@ -84,6 +84,11 @@ pub async fn start(settings: Settings, shutdown: &Shutdown) -> anyhow::Result<Se
 
     let ready_file = settings.server.data_dir.join("server.json");
     write_ready_file(&ready_file, grpc_address, http_address)?;
+    let stop = shutdown.token();
+    let look = move || {
+        cluster.cache().read(State::revision);
+    };
+    shutdown.spawn("service manager", hv_telemetry::supervisor::tell(look, stop));
     Ok(Server { grpc_address, http_address, store, ready_file })
 }
 

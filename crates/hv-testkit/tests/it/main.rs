@@ -12,4 +12,5 @@ mod nodes;
 mod readme;
 mod simulation;
 mod stores;
+mod supervision;
 mod updates;
