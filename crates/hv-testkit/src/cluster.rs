@@ -10,7 +10,7 @@ use hv_client::{ClientOptions, Clients};
 use tempfile::TempDir;
 
 use crate::netns::{Host, Network};
-use crate::probe::until;
+use crate::probe::{until, working_below};
 use crate::process::Process;
 use crate::programs::Program;
 
@@ -95,8 +95,22 @@ pub struct Cluster {
     // First, so that the processes end before their hosts and directories go.
     servers: Vec<Server>,
     agents: Vec<Agent>,
+    // Then what the agents have left running, which outlives them by design.
+    _guests: Guests,
     options: ClusterOptions,
     dir: TempDir,
+}
+
+/// Ends whatever works below a directory when the test does, however it does.
+struct Guests(PathBuf);
+
+impl Drop for Guests {
+    fn drop(&mut self) {
+        for pid in working_below(&self.0) {
+            // One that has ended meanwhile is no loss.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
 }
 
 /// One heartbeat per this part of the node's lifetime.
@@ -139,7 +153,8 @@ impl Cluster {
             let host = options.network.as_ref().map(|network| network.add_host()).transpose()?;
             servers.push(Server { host, process: None, addresses: None });
         }
-        Ok(Self { servers, agents: Vec::new(), options, dir })
+        let _guests = Guests(dir.path().to_owned());
+        Ok(Self { servers, agents: Vec::new(), _guests, options, dir })
     }
 
     /// The cluster's directory: `server` (`server-N` for the others), and `agent-N` for each agent.
@@ -442,4 +457,25 @@ async fn ready(process: &mut Process, file: &Path) -> Result<serde_json::Value> 
         Ok(is_own.then_some(Ok(ready)))
     })
     .await?
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::Guests;
+
+    #[test]
+    fn what_works_below_a_directory_ends_with_its_guests_and_nothing_else_does() {
+        let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let below = dir.path().join("agent-0/qemu");
+        std::fs::create_dir_all(&below).unwrap();
+        let sleep = |place| Command::new("sleep").arg("600").current_dir(place).spawn().unwrap();
+        let (mut guest, mut stranger) = (sleep(below.as_path()), sleep(elsewhere.path()));
+        drop(Guests(dir.path().to_owned()));
+        assert!(!guest.wait().unwrap().success());
+        assert!(stranger.try_wait().unwrap().is_none());
+        stranger.kill().unwrap();
+        stranger.wait().unwrap();
+    }
 }

@@ -1,8 +1,10 @@
 //! Waiting for conditions, and looking at processes.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
+use rustix::process::Pid;
 
 /// How long a condition may take on a busy machine.
 pub const DEADLINE: Duration = Duration::from_secs(90);
@@ -32,6 +34,17 @@ where
         }
         tokio::time::sleep(PAUSE).await;
     }
+}
+
+/// The processes whose working directory is `dir` or below it.
+pub(crate) fn working_below(dir: &Path) -> Vec<Pid> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pid = |entry: std::fs::DirEntry| {
+        let pid = entry.file_name().to_string_lossy().parse().ok().and_then(Pid::from_raw)?;
+        let place = std::fs::read_link(entry.path().join("cwd")).ok()?;
+        place.starts_with(dir).then_some(pid)
+    };
+    entries.filter_map(pid).collect()
 }
 
 /// The QEMU processes that run for an instance.
