@@ -70,7 +70,7 @@ run-agent: ## Run an agent that joins the server of run-server
 	hack/run.sh agent
 
 .PHONY: demo
-demo: ## Boot a virtual machine through the whole system (KEEP=1 leaves it running)
+demo: ## Run a virtual machine, a container and a microVM through the whole system (KEEP=1 leaves them running)
 	KEEP=$(KEEP) hack/demo.sh
 
 .PHONY: test-libvirt

@@ -19,4 +19,6 @@ step "build the scheduler's bench" cargo build --release --locked --package hv-s
 # Other crates have an example of this name too.
 cp "$TARGET/release/examples/bench" "$TARGET/release/scheduler-bench"
 export BENCH_SCHEDULER=$TARGET/release/scheduler-bench
+step "build the direct client of containerd" cargo build --release --locked --package hv-driver-containerd --example direct
+export BENCH_DIRECT=$TARGET/release/examples/direct
 step "measure" env TESTKIT_PROGRAMS="$TARGET/release" "$TARGET/release/hypervisor-bench" --json "$json" ${rows:+--rows "$rows"}

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Installs what building and testing need and is not there yet: setup.sh [packages|tools|images|libvirt|demo|all]
+# Installs what building and testing need and is not there yet: setup.sh [packages|tools|images|libvirt|firecracker|
+# demo|all]
 #   packages  the distribution's packages (Debian, Ubuntu) and the Rust tool chain; the only part for root
 #   tools     what only the tests need: cargo-nextest, and etcd 3.5.1 and Firecracker 1.12.1 into the cache directory
 #   images    the guest images that the tests and the demo boot, into the cache directory
 #   libvirt   what make test-libvirt needs
-#   demo      what the demo needs: packages and images
+#   firecracker  of the tools, Firecracker and its jailer alone
+#   demo      what the demo needs: packages, images and Firecracker. It succeeds without the runtimes of containers and
+#             microVMs: the demo leaves out what cannot run
 # The cache directory is $HYPERVISOR_CACHE, else hypervisor/ below $XDG_CACHE_HOME or ~/.cache.
 
 # shellcheck source=hack/env.sh
@@ -206,6 +209,7 @@ setup_libvirt() {
 }
 
 setup_images() {
+  python3 "$REPO/hack/image_hello.py" --cache "$CACHE"
   local build=(python3 "$REPO/hack/image_tiny.py" --cache "$CACHE")
   "${build[@]}" && return
   have apt-get || return 1
@@ -225,17 +229,34 @@ setup_parts() {
   [ ${#failed[@]} -eq 0 ] || die "set-up failed: ${failed[*]}"
 }
 
+# What can be had of the packages, one by one, where they cannot be installed together.
+setup_packages_singly() {
+  local missing package
+  mapfile -t missing < <(missing_packages)
+  for package in "${missing[@]}"; do
+    apt_install "$package" || warn "packages: $package cannot be installed"
+  done
+  setup_rust
+}
+
+setup_demo() {
+  "${BASH_SOURCE[0]}" packages || setup_packages_singly
+  "${BASH_SOURCE[0]}" firecracker || warn "tools: firecracker could not be fetched; the demo leaves out its microVM"
+  "${BASH_SOURCE[0]}" images
+}
+
 main() {
   case ${1:-all} in
     packages) setup_packages ;;
     tools) setup_tools ;;
     images) setup_images ;;
     libvirt) setup_libvirt ;;
-    demo) setup_parts packages images ;;
+    firecracker) setup_firecracker ;;
+    demo) setup_demo ;;
     all) setup_parts packages tools images ;;
-    *) die "unknown part '$1': packages, tools, images, libvirt, demo or all" ;;
+    *) die "unknown part '$1': packages, tools, images, libvirt, firecracker, demo or all" ;;
   esac
 }
 
-[ $# -le 1 ] || die "usage: hack/setup.sh [packages|tools|images|libvirt|demo|all]"
+[ $# -le 1 ] || die "usage: hack/setup.sh [packages|tools|images|libvirt|firecracker|demo|all]"
 main "$@"

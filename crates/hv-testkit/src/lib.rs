@@ -6,6 +6,7 @@
 #[cfg(feature = "chaos")]
 pub mod chaos;
 mod cluster;
+mod containerd;
 mod disk;
 mod etcd;
 mod instances;
@@ -18,6 +19,7 @@ pub mod simulation;
 mod usage;
 
 pub use cluster::{AgentOptions, Cluster, ClusterOptions, StoreKind};
+pub use containerd::Containerd;
 pub use disk::SmallDisk;
 pub use etcd::Etcd;
 pub use hv_store::conformance::skip;
@@ -25,5 +27,5 @@ pub use instances::{Ask, create_request, until_gone, until_settled};
 pub use netns::{Cut, Host, Network};
 pub use probe::{DEADLINE, qemu_processes, until};
 pub use process::Process;
-pub use programs::{Program, image_dir};
+pub use programs::{Program, firecracker, image_dir};
 pub use usage::{Usage, median, percentile};

@@ -48,15 +48,36 @@ fn profile_dir() -> Result<PathBuf> {
     Ok(dir.to_path_buf())
 }
 
+/// A variable of the environment that holds a path.
+fn path_var(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).map(PathBuf::from).filter(|path| !path.as_os_str().is_empty())
+}
+
+/// Where the set-up script puts what it fetches and builds.
+fn cache_dir() -> Option<PathBuf> {
+    path_var("HYPERVISOR_CACHE").or_else(|| {
+        let base = path_var("XDG_CACHE_HOME").or_else(|| path_var("HOME").map(|home| home.join(".cache")))?;
+        Some(base.join("hypervisor"))
+    })
+}
+
 /// The directory with the guest images, if they were made (`hack/setup.sh images`).
 #[must_use]
 pub fn image_dir() -> Option<PathBuf> {
-    let set = |name| {
-        std::env::var_os(name).map(PathBuf::from).filter(|path: &PathBuf| !path.as_os_str().is_empty())
-    };
-    let cache = set("HYPERVISOR_CACHE").or_else(|| {
-        let base = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")))?;
-        Some(base.join("hypervisor"))
-    })?;
-    Some(cache.join("images")).filter(|dir| dir.join("tiny/kernel").is_file())
+    Some(cache_dir()?.join("images")).filter(|dir| dir.join("tiny/kernel").is_file())
+}
+
+/// The program `firecracker`: `FIRECRACKER_BIN`, or what the set-up script fetched.
+///
+/// # Errors
+/// What keeps it from running microVMs here.
+pub fn firecracker() -> Result<PathBuf, &'static str> {
+    let fetched = || Some(cache_dir()?.join("tools/firecracker-1.12.1/firecracker"));
+    let program = path_var("FIRECRACKER_BIN").or_else(fetched).filter(|path| path.is_file());
+    let program = program.ok_or("firecracker is not installed; run hack/setup.sh tools")?;
+    if !cfg!(target_arch = "x86_64") {
+        return Err("the guest of microVMs is for x86-64");
+    }
+    let kvm = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    kvm.map(|_| program).map_err(|_| "/dev/kvm cannot be used")
 }

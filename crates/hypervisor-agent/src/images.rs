@@ -17,7 +17,7 @@ use hv_types::image::is_reference;
 use hv_types::{ImageInfo, InstanceId, InstanceType};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 /// How often images that nobody needs are looked for.
@@ -96,6 +96,8 @@ pub(crate) struct Images {
     keep_free: u64,
     /// Whether a driver starts from what the store hands out, once that is known.
     takers: Mutex<HashMap<&'static str, bool>>,
+    /// Told when the store has other images than before.
+    changed: Notify,
 }
 
 impl Images {
@@ -110,12 +112,23 @@ impl Images {
             unused_for: settings.unused_for.get(),
             keep_free: settings.keep_free.bytes(),
             takers: Mutex::default(),
+            changed: Notify::new(),
         })
     }
 
     /// The store, where there is one.
     pub(crate) fn store(&self) -> Option<&Store> {
         self.store.as_ref()
+    }
+
+    /// The store has other images than before: the control plane is to hear of it at once.
+    pub(crate) fn have_changed(&self) {
+        self.changed.notify_one();
+    }
+
+    /// Returns once the store has other images than when this returned last.
+    pub(crate) async fn changed(&self) {
+        self.changed.notified().await;
     }
 
     /// What the store has, for the node's inventory.
@@ -160,6 +173,7 @@ impl Images {
             let reference: Reference = image.parse().map_err(refuse)?;
             let request = PullRequest { reference, name: image.clone(), instance_type, digest: None };
             store.pull(&request, &progress, &CancellationToken::new()).await.map_err(refuse)?;
+            self.have_changed();
         }
         store.acquire(image, instance_type, id).await.map(Some).map_err(refuse)
     }
@@ -200,7 +214,10 @@ impl Images {
                 tokio::time::sleep(COLLECT_EVERY).await;
                 match store.collect(self.unused_for, self.keep_free, false).await {
                     Ok(gone) if gone.is_empty() => {}
-                    Ok(gone) => tracing::info!(images = gone.len(), "unused images were removed"),
+                    Ok(gone) => {
+                        self.have_changed();
+                        tracing::info!(images = gone.len(), "unused images were removed");
+                    }
                     Err(error) => {
                         tracing::warn!(error = error_chain(&error), "unused images cannot be removed");
                     }

@@ -159,7 +159,7 @@ pub(crate) struct Inventor {
 }
 
 impl Inventor {
-    /// Looks at the node now and then, until the agent stops.
+    /// Looks at the node now and then, and when its images have changed, until the agent stops.
     pub(crate) async fn run(self, stopping: CancellationToken) {
         let mut ticks = tokio::time::interval(self.context.tuning.inventory_every);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -167,6 +167,7 @@ impl Inventor {
             tokio::select! {
                 () = stopping.cancelled() => return,
                 _ = ticks.tick() => {}
+                () = self.context.images.changed() => {}
             }
             let Some(taken) = stopping.run_until_cancelled(self.take()).await else { return };
             self.inventory.send_if_modified(|old| {

@@ -150,7 +150,8 @@ fn check_image(able: &Able<'_>, record: &InstanceRecord) -> Result<()> {
         .collect();
     let listed: Vec<_> = known.into_iter().take(NAMED).collect();
     let expected = if listed.is_empty() {
-        "must be an image that a node has, and none has any: put one into a node's image directory".to_owned()
+        "must be an image that a node has, and none has any: make nodes fetch one with `hypervisor-ctl image pull`"
+            .to_owned()
     } else {
         format!("must be an image that a node has ({}); see `hypervisor-ctl image list`", listed.join(", "))
     };

@@ -43,6 +43,28 @@ async fn until_state(client: &ComputeClient, id: &str, state: v1::InstanceState)
     .await
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_was_fetched_under_a_name_can_be_used_at_once() -> Result<()> {
+    let (cluster, _dir, image) = cluster().await?;
+    let client = cluster.clients()?.compute();
+    let work = async {
+        let request = v1::PullImageRequest {
+            image_ref: image.clone(),
+            r#type: VM,
+            name: "mine".into(),
+            ..v1::PullImageRequest::default()
+        };
+        let steps: Vec<_> = client.clone().pull_image(request).await?.into_inner().collect().await;
+        let last = steps.into_iter().last().context("the stream was empty")??;
+        ensure!(last.completed, "{last:?}");
+        let id = client.clone().create_instance(create("a", "mine")).await?.into_inner().id;
+        until_state(&client, &id, v1::InstanceState::Running).await?;
+        Ok(())
+    };
+    let outcome: Result<()> = work.await;
+    outcome.map_err(|error| error.context(cluster.logs()))
+}
+
 async fn until_gone(client: &ComputeClient, id: &str) -> Result<()> {
     until(&format!("{id} to be gone"), async || {
         let request = v1::GetInstanceRequest { instance_id: id.into() };

@@ -41,6 +41,7 @@ impl Service {
             digest: (!request.digest.is_empty()).then_some(request.digest),
         };
         let (sender, receiver) = mpsc::channel(QUEUE);
+        let images = std::sync::Arc::clone(&self.instances.context().images);
         tokio::spawn(async move {
             let (progress, seen) = watch::channel(Progress::default());
             let cancel = CancellationToken::new();
@@ -50,6 +51,7 @@ impl Service {
                 // The caller is gone; what has arrived stays for the next one.
                 () = tell => return,
             };
+            images.have_changed();
             let last = match outcome {
                 Ok(image) => Ok(v1::PullImageProgress {
                     status: "done".into(),
@@ -69,6 +71,7 @@ impl Service {
     pub(super) async fn delete_image(&self, request: Request<v1::DeleteImageRequest>) -> Answer<Empty> {
         let name = request.into_inner().name;
         self.store()?.delete(&name).await.map_err(|e| refused(&e))?;
+        self.instances.context().images.have_changed();
         Ok(Response::new(Empty {}))
     }
 
@@ -92,7 +95,9 @@ impl Service {
         let (progress, _) = watch::channel(Progress::default());
         let cancel = CancellationToken::new();
         let image = store.import(data_of(parts), &wanted, &progress, &cancel).await;
-        Ok(Response::new(shown(&image.map_err(|e| refused(&e))?)))
+        let image = image.map_err(|e| refused(&e))?;
+        self.instances.context().images.have_changed();
+        Ok(Response::new(shown(&image)))
     }
 
     pub(super) async fn collect_image(
@@ -102,6 +107,7 @@ impl Service {
         let request = request.into_inner();
         let unused_for = std::time::Duration::from_secs(request.unused_seconds);
         let gone = self.store()?.collect(unused_for, 0, request.dry_run).await.map_err(|e| refused(&e))?;
+        self.instances.context().images.have_changed();
         let node_id = self.instances.context().node_id.to_string();
         let images = gone.into_iter().map(|image| v1::CollectedImage {
             node_id: node_id.clone(),

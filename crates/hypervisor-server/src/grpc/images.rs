@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::StreamExt as _;
 use hv_cluster::cache::State;
@@ -21,6 +22,9 @@ use super::{ReplyStream, Shared};
 const PARALLEL: usize = 16;
 /// How many messages wait for a slow caller.
 const QUEUE: usize = 64;
+/// How long a node may take to report an image that it has taken; it sends a heartbeat at once. The answer does not
+/// depend on it.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(3);
 
 pub(super) async fn list(
     shared: &Shared,
@@ -135,6 +139,30 @@ pub(super) async fn pull(
     Ok(shared.until_stop(ReceiverStream::new(receiver)))
 }
 
+/// Waits until a node has reported an image that it has just taken: whoever asked for it may use it at once.
+async fn until_reported(shared: &Shared, node: &NodeRecord, name: &str, instance_type: InstanceType) {
+    let has = |state: &State| {
+        let record = state.node(&node.id).and_then(|entry| entry.record.as_ref());
+        record.is_none_or(|record| {
+            record.images.iter().any(|image| image.name == name && image.instance_type == instance_type)
+        })
+    };
+    let cache = shared.cluster.cache();
+    let (is_there, mut changes) = cache.subscribe(has);
+    if is_there {
+        return;
+    }
+    let reported = async {
+        while let Ok(Some(_)) = changes.next().await {
+            if cache.read(has) {
+                return;
+            }
+        }
+    };
+    // Later than that it still is there; it is only not known yet.
+    let _ = tokio::time::timeout(REPORT_TIMEOUT, reported).await;
+}
+
 type Told = mpsc::Sender<Result<v1::PullImageProgress, Status>>;
 
 /// Ends early when nobody listens any more; nodes keep what has arrived.
@@ -175,6 +203,8 @@ async fn pull_on(
     sender: &Told,
 ) -> Result<(), Status> {
     let node_id = node.id.to_string();
+    let kept_as = if request.name.is_empty() { &request.image_ref } else { &request.name }.clone();
+    let instance_type = convert::instance_type_from(request.r#type).ok().flatten();
     let outcome = async {
         let mut agent = agent_of(shared, node)?;
         let mut progress = agent.pull_image(request).await?.into_inner();
@@ -183,6 +213,9 @@ async fn pull_on(
             if sender.send(Ok(message)).await.is_err() {
                 return Err(Status::cancelled("nobody listens any more"));
             }
+        }
+        if let Some(instance_type) = instance_type {
+            until_reported(shared, node, &kept_as, instance_type).await;
         }
         Ok(())
     };
@@ -247,9 +280,13 @@ pub(super) async fn upload(
     let node = found.first().ok_or_else(|| refuse(Invalid::new("node_id", &start.node_id, expected)))?;
     let mut agent = agent_of(shared, node)?;
     // What breaks off here breaks off there: the agent sees the stream end without its last bytes, and keeps nothing.
+    let (name, instance_type) = (start.name.clone(), convert::instance_type_from(start.r#type).ok().flatten());
     let rest = parts.take_while(|part| std::future::ready(part.is_ok()));
     let rest = rest.filter_map(|part| std::future::ready(part.ok()));
     let image = agent.upload_image(futures::stream::iter(first).chain(rest)).await?.into_inner();
+    if let Some(instance_type) = instance_type {
+        until_reported(shared, node, &name, instance_type).await;
+    }
     Ok(Response::new(v1::Image { node_ids: vec![node.id.to_string()], ..image }))
 }
 

@@ -6,12 +6,16 @@
 //! The servers are release programs in processes of their own; this program is the load generator, and its processor time is
 //! counted apart. Groups are measured one after another, each on a server of its own.
 
+mod containers;
 mod fleet;
 mod guest;
 mod heartbeats;
 mod lists;
 mod machine;
+mod memory;
+mod microvms;
 mod million;
+mod output;
 mod placements;
 mod recovery;
 mod report;
@@ -28,7 +32,7 @@ use report::{Report, Row};
 type Measure = fn() -> Pin<Box<dyn Future<Output = Result<Vec<Row>>>>>;
 
 /// What can be measured, in the order of the table.
-const GROUPS: [(&str, Measure); 11] = [
+const GROUPS: [(&str, Measure); 14] = [
     ("scheduler", || Box::pin(scheduler::measure())),
     ("placements", || Box::pin(placements::embedded())),
     ("placements-etcd", || Box::pin(placements::etcd())),
@@ -40,6 +44,9 @@ const GROUPS: [(&str, Measure); 11] = [
     ("cut-off", || Box::pin(recovery::cut_off())),
     ("etcd-storm", || Box::pin(recovery::etcd())),
     ("guest", || Box::pin(guest::measure())),
+    ("container", || Box::pin(containers::measure())),
+    ("microvm", || Box::pin(microvms::measure())),
+    ("agent-memory", || Box::pin(memory::measure())),
 ];
 
 struct Arguments {

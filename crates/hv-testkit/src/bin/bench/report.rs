@@ -11,6 +11,8 @@ pub(crate) enum Bar {
     Least(f64),
     /// This or less.
     Most(f64),
+    /// So much more than the baseline, or less.
+    OverAtMost(f64),
     /// So many times the baseline, or more.
     TimesAtLeast(f64),
     /// So many times the baseline, or less.
@@ -45,6 +47,9 @@ impl Row {
         self.bar.map(|bar| match bar {
             Bar::Least(least) => self.measured >= least,
             Bar::Most(most) => self.measured <= most,
+            Bar::OverAtMost(most) => {
+                self.baseline.as_ref().is_some_and(|(_, baseline)| self.measured <= baseline + most)
+            }
             Bar::TimesAtLeast(least) => ratio >= least,
             Bar::TimesAtMost(most) => ratio <= most,
         })
@@ -55,6 +60,7 @@ impl Row {
             None => String::new(),
             Some(Bar::Least(least)) => format!(">= {} {}", figure(least), self.unit),
             Some(Bar::Most(most)) => format!("<= {} {}", figure(most), self.unit),
+            Some(Bar::OverAtMost(most)) => format!("<= baseline + {} {}", figure(most), self.unit),
             Some(Bar::TimesAtLeast(least)) => format!(">= {least} x baseline"),
             Some(Bar::TimesAtMost(most)) => format!("<= {most} x baseline"),
         }
