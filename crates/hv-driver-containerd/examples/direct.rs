@@ -66,7 +66,9 @@ fn encoded(dir: &Path) -> String {
 
 impl Direct {
     async fn new(mut arguments: impl Iterator<Item = String>) -> Result<Self> {
-        let mut next = || arguments.next().ok_or("usage: direct ADDRESS TEMPLATE TEMPLATE_DIR WORK_DIR KEEPER CNI_CONFIG");
+        let mut next = || {
+            arguments.next().ok_or("usage: direct ADDRESS TEMPLATE TEMPLATE_DIR WORK_DIR KEEPER CNI_CONFIG")
+        };
         let (address, id) = (next()?, next()?);
         let connector = service_fn(move |_| {
             let address = address.clone();
@@ -110,7 +112,8 @@ impl Direct {
         };
         let mut snapshots = SnapshotsClient::new(self.channel.clone());
         let rootfs = snapshots.prepare(request(prepare)).await?.into_inner().mounts;
-        let mut container = Container { id: id.to_owned(), snapshot_key: id.to_owned(), ..self.template.clone() };
+        let mut container =
+            Container { id: id.to_owned(), snapshot_key: id.to_owned(), ..self.template.clone() };
         if let Some(spec) = &mut container.spec {
             let text = String::from_utf8(std::mem::take(&mut spec.value))?;
             let text = text.replace(&self.template_dir.display().to_string(), &dir.display().to_string());
@@ -147,7 +150,12 @@ impl Direct {
     async fn remove(&self, id: &str) -> Result<()> {
         let mut tasks = TasksClient::new(self.channel.clone());
         let (container_id, exec_id) = (id.to_owned(), String::new());
-        let kill = KillRequest { container_id: container_id.clone(), exec_id: exec_id.clone(), signal: SIGKILL, all: true };
+        let kill = KillRequest {
+            container_id: container_id.clone(),
+            exec_id: exec_id.clone(),
+            signal: SIGKILL,
+            all: true,
+        };
         tasks.kill(request(kill)).await?;
         tasks.wait(request(WaitRequest { container_id: container_id.clone(), exec_id })).await?;
         tasks.delete(request(DeleteTaskRequest { container_id })).await?;

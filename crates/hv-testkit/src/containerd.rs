@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -58,20 +58,36 @@ impl Containerd {
              [plugins.\"io.containerd.internal.v1.opt\"]\npath = \"{0}/opt\"\n",
             dir.path().display()
         );
-        let file = dir.path().join("config.toml");
-        fs::write(&file, config)?;
-        let log = dir.path().join("containerd.log");
-        let args = ["--config".into(), file.into()];
-        let process = Process::spawn(None, Path::new("containerd"), &args, &[], &log)?;
-        let mut daemon = Self { process: Some(process), dir };
+        fs::write(dir.path().join("config.toml"), config)?;
+        let mut daemon = Self { process: None, dir };
+        daemon.run().await?;
+        Ok(daemon)
+    }
+
+    /// Starts it again after [`kill`](Self::kill), and waits until it answers.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub async fn run(&mut self) -> Result<()> {
+        let log = self.dir.path().join("containerd.log");
+        let args = ["--config".into(), self.dir.path().join("config.toml").into()];
+        let address = self.address();
+        let process = self.process.insert(Process::spawn(None, Path::new("containerd"), &args, &[], &log)?);
         let begun = tokio::time::Instant::now();
-        while tokio::net::UnixStream::connect(daemon.address()).await.is_err() {
-            let process = daemon.process.as_mut().context("it has been ended")?;
+        while tokio::net::UnixStream::connect(&address).await.is_err() {
             ensure!(process.ended()?.is_none(), "containerd ended: {}", process.log_tail());
             ensure!(begun.elapsed() < DEADLINE, "containerd does not answer: {}", process.log_tail());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        Ok(daemon)
+        Ok(())
+    }
+
+    /// Ends it as a power failure would; its containers run on.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.as_mut().map_or(Ok(()), Process::kill)
     }
 
     /// Its socket.
@@ -124,10 +140,12 @@ impl Containerd {
     /// The processes in its containers, and the shims and keepers beside them.
     fn processes(&self) -> Vec<i32> {
         let own = self.dir.path().display().to_string();
-        let groups = self.cgroups().into_iter().flat_map(|dir| fs::read_dir(dir).into_iter().flatten().flatten());
+        let groups =
+            self.cgroups().into_iter().flat_map(|dir| fs::read_dir(dir).into_iter().flatten().flatten());
         let listed = groups.filter_map(|group| fs::read_to_string(group.path().join("cgroup.procs")).ok());
-        let mut found: Vec<i32> =
-            listed.flat_map(|text| text.lines().filter_map(|line| line.parse().ok()).collect::<Vec<_>>()).collect();
+        let mut found: Vec<i32> = listed
+            .flat_map(|text| text.lines().filter_map(|line| line.parse().ok()).collect::<Vec<_>>())
+            .collect();
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
             let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
             let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
@@ -162,7 +180,9 @@ impl Drop for Containerd {
         }
         let own = self.dir.path().display().to_string();
         let mounts = fs::read_to_string("/proc/mounts").unwrap_or_default();
-        for mount in mounts.lines().filter_map(|line| line.split(' ').nth(1)).filter(|at| at.starts_with(&own)) {
+        for mount in
+            mounts.lines().filter_map(|line| line.split(' ').nth(1)).filter(|at| at.starts_with(&own))
+        {
             let _ = Command::new("umount").args(["-l", mount]).output();
         }
         let _ = Command::new("ip").args(["link", "delete", &self.bridge()]).output();

@@ -1,10 +1,11 @@
 //! The commands of the README, run as a reader would type them.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use hv_testkit::{AgentOptions, Cluster, ClusterOptions, Containerd, Program, firecracker, image_dir, skip};
-use tempfile::TempDir;
+use hv_testkit::{Program, image_dir, skip};
+
+use crate::runtimes::Runtimes;
 
 /// Marks the blocks whose commands are run in order against a cluster that runs. What follows on the line is the type of
 /// instance that the node must run for it.
@@ -41,7 +42,7 @@ async fn take_tour(file: &str) -> Result<()> {
         ensure!(blocks.iter().any(|block| block.needs == needs), "{file} has no {needs} in its tour");
     }
 
-    let node = Node::start(images).await?;
+    let node = Runtimes::start(images, None).await?;
     for block in blocks {
         if let Some(why) = node.lacks(block.needs) {
             skip(&format!("hv-testkit readme, {}", block.needs), &why);
@@ -65,63 +66,8 @@ fn blocks(text: &str) -> Vec<Block<'_>> {
         .collect()
 }
 
-/// A cluster with one node that runs all that this machine can, and a reader's home directory.
-struct Node {
-    cluster: Cluster,
-    no_containers: Option<String>,
-    no_microvms: Option<String>,
-    home: TempDir,
-    // Ends after the agent.
-    _containerd: Option<Containerd>,
-}
-
-impl Node {
-    async fn start(images: PathBuf) -> Result<Self> {
-        let home = tempfile::tempdir()?;
-        let fetched = home.path().join(".cache/hypervisor/images");
-        std::fs::create_dir_all(&fetched)?;
-        let bring = |name: &str| {
-            let copied = std::fs::copy(images.join(name), fetched.join(name));
-            copied.err().map(|_| format!("there is no {name}: run hack/setup.sh images"))
-        };
-        let mut drivers = vec!["qemu"];
-        let mut env = vec![("HYPERVISOR_IMAGES_FILE_DIRS", format!("[{}]", fetched.display()))];
-        let no_containers = Containerd::missing().map(str::to_owned).or_else(|| bring("hello-container.tar"));
-        let containerd = match no_containers {
-            None => Some(Containerd::start().await?),
-            Some(_) => None,
-        };
-        if let Some(containerd) = &containerd {
-            drivers.push("containerd");
-            env.extend(containerd.env());
-        }
-        let no_microvms = match firecracker() {
-            Err(why) => Some(why.to_owned()),
-            Ok(program) => {
-                drivers.push("firecracker");
-                env.push(("HYPERVISOR_FIRECRACKER_BINARY_PATH", program.display().to_string()));
-                bring("hello-microvm.elf")
-            }
-        };
-        let mut cluster = Cluster::start(ClusterOptions::default()).await?;
-        let options = AgentOptions { drivers, image_dir: Some(images), env, ..AgentOptions::default() };
-        cluster.add_agent(options).await?;
-        cluster.until_ready(1).await?;
-        Ok(Self { cluster, no_containers, no_microvms, home, _containerd: containerd })
-    }
-
-    /// What keeps it from running a type.
-    fn lacks(&self, needs: &str) -> Option<String> {
-        match needs {
-            "container" => self.no_containers.clone(),
-            "microvm" => self.no_microvms.clone(),
-            _ => None,
-        }
-    }
-}
-
 /// Runs one command by a shell, with the programs in its path and the server in its environment.
-async fn run(node: &Node, command: &str) -> Result<()> {
+async fn run(node: &Runtimes, command: &str) -> Result<()> {
     let programs = Program::Ctl.path()?.parent().context("a program without a directory")?.to_path_buf();
     let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap_or_default());
     let mut shell = tokio::process::Command::new("sh");
@@ -129,8 +75,12 @@ async fn run(node: &Node, command: &str) -> Result<()> {
     {
         shell.env_remove(name);
     }
-    let shell =
-        shell.arg("-ec").arg(command).env("PATH", path).env("HYPERVISOR_CTL_SERVER", node.cluster.grpc_address()?).env("HOME", node.home.path());
+    let shell = shell
+        .arg("-ec")
+        .arg(command)
+        .env("PATH", path)
+        .env("HYPERVISOR_CTL_SERVER", node.cluster.grpc_address()?)
+        .env("HOME", node.home.path());
     let output = shell.stdin(std::process::Stdio::null()).kill_on_drop(true).output().await?;
     let shown =
         [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).join("");

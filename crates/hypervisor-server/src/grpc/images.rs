@@ -280,7 +280,8 @@ pub(super) async fn upload(
     let node = found.first().ok_or_else(|| refuse(Invalid::new("node_id", &start.node_id, expected)))?;
     let mut agent = agent_of(shared, node)?;
     // What breaks off here breaks off there: the agent sees the stream end without its last bytes, and keeps nothing.
-    let (name, instance_type) = (start.name.clone(), convert::instance_type_from(start.r#type).ok().flatten());
+    let (name, instance_type) =
+        (start.name.clone(), convert::instance_type_from(start.r#type).ok().flatten());
     let rest = parts.take_while(|part| std::future::ready(part.is_ok()));
     let rest = rest.filter_map(|part| std::future::ready(part.ok()));
     let image = agent.upload_image(futures::stream::iter(first).chain(rest)).await?.into_inner();

@@ -35,16 +35,22 @@ pub(crate) async fn measure() -> Result<Vec<Row>> {
     if let Some(why) = Containerd::missing() {
         bail!(why);
     }
-    let archive = image_dir().context("there are no images: run hack/setup.sh images")?.join("hello-container.tar");
+    let archive =
+        image_dir().context("there are no images: run hack/setup.sh images")?.join("hello-container.tar");
     let daemon = Containerd::start().await?;
-    let mut cluster = Cluster::start(ClusterOptions { log_level: "warn", ..ClusterOptions::default() }).await?;
+    let mut cluster =
+        Cluster::start(ClusterOptions { log_level: "warn", ..ClusterOptions::default() }).await?;
     let mut env = daemon.env();
-    env.push(("HYPERVISOR_IMAGES_FILE_DIRS", format!("[{}]", archive.parent().unwrap_or(&archive).display())));
+    env.push((
+        "HYPERVISOR_IMAGES_FILE_DIRS",
+        format!("[{}]", archive.parent().unwrap_or(&archive).display()),
+    ));
     let capacity = Some((4096, 1 << 42));
     let options = AgentOptions { drivers: vec!["containerd"], env, capacity, ..AgentOptions::default() };
     let agent = cluster.add_agent(options).await?;
     cluster.until_ready(1).await?;
-    let system = System { client: cluster.clients()?.compute(), dir: cluster.agent_dir(agent).join("containerd") };
+    let system =
+        System { client: cluster.clients()?.compute(), dir: cluster.agent_dir(agent).join("containerd") };
     system.fetch(&archive).await?;
 
     let template = system.start("template", 1).await?;
@@ -74,7 +80,8 @@ pub(crate) async fn measure() -> Result<Vec<Row>> {
     drop(direct);
     system.remove(&template.ids).await?;
     let raw_one = json!({ "system_ms": through, "direct_ms": alone });
-    let raw_many = json!({ "system_ms": through_many, "direct_ms": alone_many, "agent_bytes_then": agent_bytes });
+    let raw_many =
+        json!({ "system_ms": through_many, "direct_ms": alone_many, "agent_bytes_then": agent_bytes });
     Ok(vec![
         Row {
             measure: "container: create to first output".into(),
@@ -158,7 +165,8 @@ impl System {
 
     async fn remove(&self, ids: &[String]) -> Result<()> {
         for id in ids {
-            let request = v1::DeleteInstanceRequest { instance_id: id.clone(), force: true, ..Default::default() };
+            let request =
+                v1::DeleteInstanceRequest { instance_id: id.clone(), force: true, ..Default::default() };
             self.client.clone().delete_instance(request).await?;
         }
         for id in ids {
@@ -231,4 +239,3 @@ impl Drop for Direct {
         let _ = self.child.wait();
     }
 }
-

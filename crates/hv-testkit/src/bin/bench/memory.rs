@@ -19,7 +19,8 @@ const IDLE: Duration = Duration::from_secs(20);
 const MOST_MIB: f64 = 60.0;
 
 pub(crate) async fn measure() -> Result<Vec<Row>> {
-    let mut cluster = Cluster::start(ClusterOptions { log_level: "warn", ..ClusterOptions::default() }).await?;
+    let mut cluster =
+        Cluster::start(ClusterOptions { log_level: "warn", ..ClusterOptions::default() }).await?;
     let capacity = Some((4096, 1 << 42));
     let options = AgentOptions { drivers: vec!["fake"], capacity, ..AgentOptions::default() };
     let agent = cluster.add_agent(options).await?;

@@ -9,7 +9,9 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use hv_client::ComputeClient;
 use hv_proto::v1;
-use hv_testkit::{AgentOptions, Cluster, ClusterOptions, DEADLINE, firecracker, image_dir, median, until_gone};
+use hv_testkit::{
+    AgentOptions, Cluster, ClusterOptions, DEADLINE, firecracker, image_dir, median, until_gone,
+};
 use serde_json::json;
 
 use crate::output::wait_for_all;
@@ -27,7 +29,8 @@ pub(crate) async fn measure() -> Result<Vec<Row>> {
     let binary = firecracker().map_err(anyhow::Error::msg)?;
     let images = image_dir().context("there are no images: run hack/setup.sh images")?;
     let kernel = images.join("hello-microvm.elf");
-    let mut cluster = Cluster::start(ClusterOptions { log_level: "warn", ..ClusterOptions::default() }).await?;
+    let mut cluster =
+        Cluster::start(ClusterOptions { log_level: "warn", ..ClusterOptions::default() }).await?;
     let env = vec![
         ("HYPERVISOR_FIRECRACKER_BINARY_PATH", binary.display().to_string()),
         ("HYPERVISOR_FIRECRACKER_IMAGE_DIR", images.display().to_string()),

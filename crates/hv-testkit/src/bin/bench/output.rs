@@ -20,7 +20,12 @@ pub(crate) fn wait_for_all(mut files: Vec<PathBuf>, text: &[u8], begin: Instant)
         if files.is_empty() {
             return Ok(());
         }
-        ensure!(begin.elapsed() < PATIENCE, "{} guests printed nothing, as {}", files.len(), files[0].display());
+        ensure!(
+            begin.elapsed() < PATIENCE,
+            "{} guests printed nothing, as {}",
+            files.len(),
+            files[0].display()
+        );
         #[allow(clippy::disallowed_methods, reason = "nothing else runs in this program meanwhile")]
         std::thread::sleep(pause);
     }
