@@ -190,6 +190,10 @@ impl Worker {
                 }
             }
             Next::Note(note) => {
+                if matches!(note, Note::Gone) {
+                    // Before it is said: whoever hears that it is gone may remove its image.
+                    self.context.images.release(self.entry.id()).await;
+                }
                 remember(&mut self.entry, note, &seen, &now);
                 self.unsaved = true;
             }
