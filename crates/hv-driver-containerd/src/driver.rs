@@ -395,6 +395,17 @@ impl Driver for ContainerdDriver {
         .boxed()
     }
 
+    fn health_turns(&self) -> BoxStream<'static, ()> {
+        self.watch_daemon();
+        let mut is_up = self.shared.is_up.subscribe();
+        let known = *is_up.borrow_and_update();
+        stream::unfold((is_up, known), |(mut is_up, known)| async move {
+            let turned = *is_up.wait_for(|is_up| *is_up != known).await.ok()?;
+            Some(((), (is_up, turned)))
+        })
+        .boxed()
+    }
+
     async fn stats(&self, id: &InstanceId) -> Result<Stats> {
         let (container, live) = self.live(id, "stats").await?;
         let ended = || DriverError::wrong_state(id, "stats", "it has just ended; start it first");

@@ -34,7 +34,7 @@ use hv_driver::{
 };
 use hv_types::{ImageInfo, InstanceId, InstanceType};
 use parking_lot::Mutex;
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 pub use carried::{Fate, Guest, Incoming as AwaitedHandOver, Outgoing, Progress, Snapshot};
 pub use console_log::MAX_LOG_BYTES;
@@ -69,6 +69,7 @@ impl FakeDriver {
             live: Mutex::default(),
             events: broadcast::channel(EVENT_QUEUE).0,
             draws: AtomicU64::new(options.script.seed),
+            healthy: watch::Sender::new(options.healthy),
             options,
         };
         Self { shared: Arc::new(shared) }
@@ -77,6 +78,11 @@ impl FakeDriver {
     /// From now on things go as this script says.
     pub fn set_script(&self, script: Script) {
         *self.shared.script.lock() = script;
+    }
+
+    /// From now on it says that it is healthy, or that it is not.
+    pub fn set_healthy(&self, healthy: bool) {
+        self.shared.healthy.send_replace(healthy);
     }
 
     /// The guest ends by itself now. Nothing happens if it does not run.
@@ -141,12 +147,13 @@ impl Driver for FakeDriver {
 
     async fn fingerprint(&self) -> Fingerprint {
         let options = &self.shared.options;
-        let message = match options.healthy {
+        let healthy = *self.shared.healthy.borrow();
+        let message = match healthy {
             true => "runs nothing: for tests only",
             false => "told to be unhealthy; set its option `healthy` to true",
         };
         Fingerprint {
-            healthy: options.healthy,
+            healthy,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             message: message.to_owned(),
             capabilities: options.capabilities.clone(),
@@ -335,6 +342,16 @@ impl Driver for FakeDriver {
                     Err(broadcast::error::RecvError::Closed) => return None,
                 }
             }
+        })
+        .boxed()
+    }
+
+    fn health_turns(&self) -> BoxStream<'static, ()> {
+        let mut healthy = self.shared.healthy.subscribe();
+        let known = *healthy.borrow_and_update();
+        stream::unfold((healthy, known), |(mut healthy, known)| async move {
+            let turned = *healthy.wait_for(|healthy| *healthy != known).await.ok()?;
+            Some(((), (healthy, turned)))
         })
         .boxed()
     }

@@ -11,7 +11,7 @@ use hv_driver::{
 };
 use hv_types::InstanceId;
 use parking_lot::Mutex;
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 use crate::carried::{Outgoing, Progress};
 use crate::options::FakeOptions;
@@ -28,6 +28,7 @@ pub(crate) struct Shared {
     pub(crate) live: Mutex<HashMap<InstanceId, broadcast::Sender<Bytes>>>,
     pub(crate) events: broadcast::Sender<DriverEvent>,
     pub(crate) draws: AtomicU64,
+    pub(crate) healthy: watch::Sender<bool>,
 }
 
 pub(crate) type Live = HashMap<InstanceId, broadcast::Sender<Bytes>>;

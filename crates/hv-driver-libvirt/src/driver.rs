@@ -170,6 +170,11 @@ impl Driver for LibvirtDriver {
         .boxed()
     }
 
+    fn health_turns(&self) -> BoxStream<'static, ()> {
+        self.inner.begin();
+        self.inner.shared.link.turns()
+    }
+
     async fn update(&self, config: &InstanceConfig) -> Result<Updated> {
         let machine = self.inner.machine(&config.id, "change")?;
         let node = self.inner.node().await?;

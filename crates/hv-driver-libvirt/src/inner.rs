@@ -264,7 +264,13 @@ impl Inner {
             std::fs::create_dir_all(&self.state.0).map_err(|e| {
                 format!("{} cannot be made: {e}; check drivers.libvirt.state_dir", self.state.0.display())
             })?;
-            self.node().await.map_err(|error| match error {
+            self.begin();
+            // Who asks how it is does not wait for it to come back.
+            let node = match self.shared.link.trouble() {
+                Some(problem) => Err(unavailable(&problem)),
+                None => self.node().await,
+            };
+            node.map_err(|error| match error {
                 DriverError::Unavailable { reason, .. } => reason,
                 other => other.to_string(),
             })

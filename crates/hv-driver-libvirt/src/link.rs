@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt as _;
+use futures::stream::{self, BoxStream};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -45,6 +47,12 @@ enum Status {
     Trying,
     Up(Arc<Daemon>),
     Down(String),
+}
+
+impl Status {
+    fn is_up(&self) -> bool {
+        matches!(self, Self::Up(daemon) if !daemon.connection.is_closed())
+    }
 }
 
 /// The way to libvirtd.
@@ -132,6 +140,25 @@ impl Link {
         Ok(daemon)
     }
 
+    /// One item whenever libvirtd goes or comes back.
+    pub(crate) fn turns(&self) -> BoxStream<'static, ()> {
+        let mut status = self.status.subscribe();
+        let known = status.borrow_and_update().is_up();
+        stream::unfold((status, known), |(mut status, known)| async move {
+            let turned = status.wait_for(|status| status.is_up() != known).await.ok()?.is_up();
+            Some(((), (status, turned)))
+        })
+        .boxed()
+    }
+
+    /// Why there is no libvirtd at this moment; `None` where there is one, or none was looked for yet.
+    pub(crate) fn trouble(&self) -> Option<Problem> {
+        match &*self.status.borrow() {
+            Status::Down(reason) => Some(Problem::Unreachable(reason.clone())),
+            Status::Trying | Status::Up(_) => None,
+        }
+    }
+
     /// libvirtd, as soon as it is connected.
     pub(crate) async fn daemon(&self) -> Outcome<Arc<Daemon>> {
         let mut status = self.status.subscribe();
@@ -141,8 +168,7 @@ impl Link {
             return Ok(daemon.clone());
         }
         let wait = if matches!(*status.borrow(), Status::Trying) { FIRST_WAIT } else { WAIT };
-        let up = |status: &Status| matches!(status, Status::Up(daemon) if !daemon.connection.is_closed());
-        if let Ok(Ok(status)) = tokio::time::timeout(wait, status.wait_for(up)).await
+        if let Ok(Ok(status)) = tokio::time::timeout(wait, status.wait_for(Status::is_up)).await
             && let Status::Up(daemon) = &*status
         {
             return Ok(daemon.clone());

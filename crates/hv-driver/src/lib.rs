@@ -458,6 +458,12 @@ pub trait Driver: Send + Sync + 'static {
     /// Changes that nobody asked for, from now on. A receiver that is too slow loses the oldest and looks at all.
     fn events(&self) -> BoxStream<'static, DriverEvent>;
 
+    /// One item per turn of its health that the driver notices by itself; who gets it asks for the fingerprint. A driver
+    /// that notices nothing between two fingerprints never sends any.
+    fn health_turns(&self) -> BoxStream<'static, ()> {
+        Box::pin(futures::stream::pending())
+    }
+
     /// How much it uses.
     async fn stats(&self, id: &InstanceId) -> Result<Stats>;
 

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use futures::StreamExt as _;
 use futures::future::join_all;
+use futures::stream::select_all;
 use hv_driver::{Driver, Fingerprint};
 use hv_proto::v1::NodeUsage;
 use hv_types::node::MAX_IMAGES;
@@ -14,6 +16,9 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::context::{Context, Machine};
+
+/// The pause after a look at the node, however many drivers turn meanwhile.
+const LEAST_PAUSE: Duration = Duration::from_millis(250);
 
 /// What the control plane is told of this node, beside its name and place.
 #[derive(Clone, Debug, PartialEq)]
@@ -159,15 +164,19 @@ pub(crate) struct Inventor {
 }
 
 impl Inventor {
-    /// Looks at the node now and then, and when its images have changed, until the agent stops.
+    /// Looks at the node now and then, and at once when its images have changed or a driver's health turns, until the
+    /// agent stops.
     pub(crate) async fn run(self, stopping: CancellationToken) {
         let mut ticks = tokio::time::interval(self.context.tuning.inventory_every);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // Before the first look, so that no turn falls between the two.
+        let mut turns = select_all(self.context.drivers.all().iter().map(|driver| driver.health_turns()));
         loop {
             tokio::select! {
                 () = stopping.cancelled() => return,
                 _ = ticks.tick() => {}
                 () = self.context.images.changed() => {}
+                Some(()) = turns.next() => {}
             }
             let Some(taken) = stopping.run_until_cancelled(self.take()).await else { return };
             self.inventory.send_if_modified(|old| {
@@ -176,6 +185,11 @@ impl Inventor {
                 *old = Some(merged);
                 differs
             });
+            // A runtime that comes and goes all the time must not keep node and server busy.
+            let pause = tokio::time::sleep(LEAST_PAUSE);
+            if stopping.run_until_cancelled(pause).await.is_none() {
+                return;
+            }
         }
     }
 

@@ -16,6 +16,8 @@ use crate::runtimes::Runtimes;
 const ROOM: Option<(u32, u64)> = Some((256, 1 << 40));
 /// How long `hypervisor-ctl` may wait on a busy machine.
 const PATIENCE: &str = "240s";
+/// Far less than the time between two looks at a node, and more than a busy machine needs.
+const AT_ONCE: Duration = Duration::from_secs(20);
 /// Type, image, and how many of it there are when the agent dies and in the end.
 const FLEET: [(&str, &str, usize, usize); 3] =
     [("vm", "tiny", 1, 2), ("container", "hello-container", 30, 40), ("microvm", "hello-microvm", 5, 8)];
@@ -297,6 +299,7 @@ async fn containerd_dies(node: &mut Runtimes) -> Result<()> {
     let told = driver(false).await?;
     println!("containerd's end: told after {:.2?}: {}", begun.elapsed(), told.message);
     ensure!(told.message.contains("containerd"), "{}", told.message);
+    ensure!(begun.elapsed() < AT_ONCE, "the node waited for its next look");
     // It stays so, and disturbs nobody.
     tokio::time::sleep(Duration::from_secs(1)).await;
     ensure!(look_at_all(&client, &ids).await? == before, "containers were disturbed by its end");

@@ -1,5 +1,7 @@
 //! Being known to the control plane, losing it, and finding it again.
 
+use std::time::Duration;
+
 use hv_driver_fake::LedgerEvent;
 use hv_proto::v1::InstanceState;
 
@@ -120,4 +122,32 @@ async fn nothing_is_taken_from_a_foreign_cluster() {
     assert_eq!(list.instances.len(), 1);
     assert_eq!((node.count("a", LedgerEvent::Ended), node.count("b", LedgerEvent::Created)), (0, 0));
     assert!(control.state.lock().reports.is_empty());
+}
+
+#[tokio::test]
+async fn a_driver_whose_health_turns_is_told_at_once() {
+    let control = Control::start().await;
+    let mut node = Node::new(&control);
+    // By themselves neither a look at the node nor a heartbeat would come within the test's patience.
+    node.tuning.inventory_every = Duration::from_mins(10);
+    {
+        let mut state = control.state.lock();
+        (state.lease_ttl_ms, state.heartbeat_ms) = (1_200_000, 600_000);
+    }
+    node.start().await;
+    eventually("it registers", || (!control.state.lock().registrations.is_empty()).then_some(())).await;
+    for healthy in [false, true, false] {
+        node.driver().set_healthy(healthy);
+        eventually("the control plane knows", || {
+            let state = control.state.lock();
+            let told = state.heartbeats.last()?;
+            let driver = told.drivers.first()?;
+            let condition = told.conditions.iter().find(|condition| condition.r#type == "DriverFake")?;
+            let is_told = driver.healthy == healthy
+                && condition.status == if healthy { "True" } else { "False" }
+                && condition.message == driver.message;
+            is_told.then_some(())
+        })
+        .await;
+    }
 }
