@@ -69,6 +69,13 @@ points! {
     QemuStopAfterPowerdown = "qemu.stop.after_powerdown",
     QemuStopAfterKill = "qemu.stop.after_kill",
     QemuDeleteBeforeRmdir = "qemu.delete.before_rmdir",
+    MovePrepareAfter = "move.prepare.after",
+    MoveBeginAfterJournal = "move.begin.after_journal",
+    MoveCommitBeforeTxn = "move.commit.before_txn",
+    MoveCommitAfterTxn = "move.commit.after_txn",
+    MoveAbortAfterTxn = "move.abort.after_txn",
+    MoveResumeBefore = "move.resume.before",
+    MoveResumeAfter = "move.resume.after",
 }
 
 impl fmt::Display for Point {

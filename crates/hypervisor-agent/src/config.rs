@@ -167,6 +167,8 @@ pub struct Qemu {
     pub qemu_img: Option<PathBuf>,
     /// Where images are; unset: `images` in the state directory.
     pub image_dir: Option<PathBuf>,
+    /// Where disks of instances lie that other nodes reach at the same path; unset: in the state directory, on this node alone.
+    pub disk_dir: Option<PathBuf>,
     /// How guests are accelerated.
     pub accel: Accel,
     /// The machine type.
@@ -315,6 +317,7 @@ impl Default for Qemu {
             binary: None,
             qemu_img: None,
             image_dir: None,
+            disk_dir: None,
             accel: Accel::Auto,
             machine: "q35".into(),
         }

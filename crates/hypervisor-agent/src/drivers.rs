@@ -27,7 +27,11 @@ pub(crate) fn choose(config: &Config) -> Result<DriverSet, Refused> {
         drivers.push(Arc::new(LibvirtDriver::new(libvirt_options(config, state_dir))));
     }
     if config.drivers.qemu.enabled {
-        drivers.push(Arc::new(QemuDriver::new(qemu_options(config, state_dir))));
+        let driver = QemuDriver::new(qemu_options(config, state_dir));
+        drivers.push(Arc::new(match &config.drivers.qemu.disk_dir {
+            Some(dir) => driver.with_disk_dir(dir),
+            None => driver,
+        }));
     }
     if config.containerd.enabled || is_named(config, InstanceType::Container) {
         drivers.push(Arc::new(ContainerdDriver::new(containerd_options(config, state_dir))));

@@ -99,6 +99,9 @@ struct Flags {
     /// Where the images of virtual machines are [default: images in the state directory]
     #[arg(long, value_name = "DIR", global = true)]
     image_dir: Option<String>,
+    /// Where QEMU's disks lie that other nodes reach at the same path [default: in the state directory, on this node alone]
+    #[arg(long, value_name = "DIR", global = true)]
+    disk_dir: Option<String>,
     /// Where gRPC listens; port 0 takes a free one [default: :50052]
     #[arg(long, value_name = "[HOST]:PORT", global = true)]
     grpc_address: Option<String>,
@@ -138,6 +141,7 @@ impl Flags {
             .flag("agent.node_id", "--node-id", self.node_id.as_ref())
             .flag("agent.state_dir", "--state-dir", self.state_dir.as_ref())
             .flag("drivers.qemu.image_dir", "--image-dir", self.image_dir.as_ref())
+            .flag("drivers.qemu.disk_dir", "--disk-dir", self.disk_dir.as_ref())
             .flag("agent.grpc_address", "--grpc-address", self.grpc_address.as_ref())
             .flag("agent.http_address", "--http-address", self.http_address.as_ref())
             .flag("drivers.qemu.enabled", "--drivers", enabled(DriverName::Qemu))

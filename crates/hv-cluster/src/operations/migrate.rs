@@ -61,6 +61,9 @@ const REASON: &str = ".reason";
 /// How long the instance stood still at the source until everything was sent, in microseconds.
 const DOWNTIME: &str = "downtime_us";
 
+/// When the move is given up, in milliseconds since 1970, whoever leads then. Releases before it was kept have none.
+const DEADLINE: &str = ".deadline_ms";
+
 /// How long an instance may stand still, where nobody says, in milliseconds.
 const DEFAULT_DOWNTIME_MS: u32 = 300;
 /// The longest that can be asked for.
@@ -164,6 +167,7 @@ struct Asked {
     downtime_limit_ms: u32,
     bandwidth_limit: u64,
     timeout: Duration,
+    deadline: Option<SystemTime>,
 }
 
 impl Asked {
@@ -183,7 +187,16 @@ impl Asked {
             downtime_limit_ms: u32::try_from(number("downtime_limit_ms")?).unwrap_or(MAX_DOWNTIME_MS),
             bandwidth_limit: number("bandwidth_limit")?,
             timeout: Duration::from_secs(number("timeout_seconds")?),
+            deadline: Some(number(DEADLINE)?)
+                .filter(|deadline| *deadline > 0)
+                .and_then(|deadline| SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(deadline))),
         })
+    }
+
+    /// Whether it is to be given up: its deadline is over, or this leader alone has worked on it for so long, whatever
+    /// the clocks of machines say.
+    fn is_late(&self, worked: Duration, now: SystemTime) -> bool {
+        worked > self.timeout || self.deadline.is_some_and(|deadline| now > deadline)
     }
 }
 
@@ -371,6 +384,9 @@ fn begun(
     ]);
     if let Some(target) = &options.target {
         parameters.insert(TARGET.to_owned(), target.to_string());
+    }
+    if let Ok(since) = now.duration_since(SystemTime::UNIX_EPOCH) {
+        parameters.insert(DEADLINE.to_owned(), (since + options.timeout).as_millis().to_string());
     }
     OperationRecord {
         id: id.to_owned(),

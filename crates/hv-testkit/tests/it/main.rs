@@ -8,6 +8,7 @@ mod images;
 mod life;
 mod links;
 mod migrate;
+mod moves;
 mod nodes;
 mod readme;
 mod runtimes;

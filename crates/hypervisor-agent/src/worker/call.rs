@@ -19,7 +19,8 @@ pub(super) fn before(step: Step) -> Option<Point> {
         Step::Stop => Some(Point::AgentStopBefore),
         Step::Delete => Some(Point::AgentDeleteBefore),
         Step::Update => Some(Point::AgentUpdateBefore),
-        Step::Pause | Step::Resume | Step::TakeBack => None,
+        Step::Resume => Some(Point::MoveResumeBefore),
+        Step::Pause | Step::TakeBack => None,
     }
 }
 
@@ -31,7 +32,8 @@ pub(super) fn after(step: Step) -> Option<Point> {
         Step::Stop => Some(Point::AgentStopAfter),
         Step::Delete => Some(Point::AgentDeleteAfter),
         Step::Update => Some(Point::AgentUpdateAfter),
-        Step::Pause | Step::Resume | Step::TakeBack => None,
+        Step::Resume => Some(Point::MoveResumeAfter),
+        Step::Pause | Step::TakeBack => None,
     }
 }
 

@@ -6,6 +6,7 @@
 //! - What waits here runs only by an assignment that names the migration which brought it.
 
 use hv_driver::{DriverError, IncomingRequest, MigrateRequest, Observed};
+use hv_telemetry::crash::{Point, reach};
 use hv_types::{Epoch, ErrorCode, ServiceError, Wanted};
 use tokio::sync::oneshot;
 
@@ -165,6 +166,7 @@ impl Worker {
         self.look = true;
         match called {
             Called::Done(Ok(incoming)) => {
+                reach(Point::MovePrepareAfter);
                 self.entry.created = true;
                 self.unsaved = true;
                 self.save().await;
@@ -206,6 +208,7 @@ impl Worker {
                 self.entry.outgoing = None;
                 return Err(ServiceError::unavailable("the node's journal cannot be written; see its log"));
             }
+            reach(Point::MoveBeginAfterJournal);
         }
         let call = Box::pin(async move { driver.migrate(&id, &request).await });
         let deadline = self.context.tuning.step_deadline;

@@ -1,13 +1,14 @@
 //! The way that operations take to the agents of nodes: the pool of channels, with a bound for each call.
 
+use std::error::Error as _;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use hv_client::{AgentClient, AgentPool};
+use hv_client::{AgentClient, AgentPool, ClientOptions};
 use hv_cluster::Cluster;
 use hv_cluster::operations::{Answer, Nodes};
-use hv_proto::{status, v1};
+use hv_proto::v1;
 use hv_types::{InstanceId, NodeId, ServiceError};
 use tonic::{Request, Status};
 
@@ -31,16 +32,18 @@ impl AgentNodes {
         Arc::new(Self { cluster: Arc::downgrade(cluster), agents })
     }
 
-    fn agent(&self, node: &NodeId) -> Answer<AgentClient> {
+    fn agent(&self, node: &NodeId) -> Answer<(AgentClient, ClientOptions)> {
         let cluster =
             self.cluster.upgrade().ok_or_else(|| ServiceError::unavailable("the server is stopping"))?;
         let record = cluster.cache().read(|state| state.node(node).and_then(|entry| entry.record.clone()));
         let record = record.ok_or_else(|| ServiceError::not_found(format!("node {node} does not exist")))?;
         let host = if record.ip.contains(':') { format!("[{}]", record.ip) } else { record.ip.clone() };
-        self.agents.get(&format!("{host}:{}", record.port)).map_err(|error| {
+        let address = format!("{host}:{}", record.port);
+        let client = self.agents.get(&address).map_err(|error| {
             let message = format!("the address of node {} cannot be used", record.hostname);
             ServiceError::unavailable(message).caused_by(error)
-        })
+        })?;
+        Ok((client, self.agents.client_options(&address)))
     }
 }
 
@@ -52,13 +55,23 @@ fn bounded<T>(message: T, bound: Duration) -> Request<T> {
 
 /// The answer, if it comes within its bound. The agent is told of the bound too, and answers before it ends.
 async fn within<T>(
+    options: &ClientOptions,
     bound: Duration,
     call: impl Future<Output = Result<tonic::Response<T>, Status>> + Send,
 ) -> Answer<T> {
     match tokio::time::timeout(bound, call).await {
         Ok(Ok(response)) => Ok(response.into_inner()),
-        Ok(Err(status)) => Err(status::from_status(&status)),
+        Ok(Err(status)) => Err(failed(options, &status)),
         Err(_) => Err(ServiceError::unavailable(format!("no answer within {} s", bound.as_secs()))),
+    }
+}
+
+/// Why a call failed. A connection that breaks is no answer, whatever code it is given: the node is asked again.
+fn failed(options: &ClientOptions, status: &Status) -> ServiceError {
+    let error = hv_client::explain(options, status);
+    match status.source() {
+        Some(_) if !error.code().retryable() => ServiceError::unavailable(error.message().to_owned()),
+        _ => error,
     }
 }
 
@@ -69,8 +82,8 @@ impl Nodes for AgentNodes {
         node: &NodeId,
         request: v1::AgentPrepareIncomingRequest,
     ) -> Answer<v1::AgentPrepareIncomingResponse> {
-        let mut agent = self.agent(node)?;
-        within(WORK, agent.prepare_incoming(bounded(request, WORK))).await
+        let (mut agent, options) = self.agent(node)?;
+        within(&options, WORK, agent.prepare_incoming(bounded(request, WORK))).await
     }
 
     async fn begin_migration(
@@ -78,8 +91,8 @@ impl Nodes for AgentNodes {
         node: &NodeId,
         request: v1::AgentBeginMigrationRequest,
     ) -> Answer<v1::AgentMigrationStatus> {
-        let mut agent = self.agent(node)?;
-        within(WORK, agent.begin_migration(bounded(request, WORK))).await
+        let (mut agent, options) = self.agent(node)?;
+        within(&options, WORK, agent.begin_migration(bounded(request, WORK))).await
     }
 
     async fn migration(
@@ -88,17 +101,17 @@ impl Nodes for AgentNodes {
         instance: &InstanceId,
         migration: &str,
     ) -> Answer<v1::AgentMigrationStatus> {
-        let mut agent = self.agent(node)?;
+        let (mut agent, options) = self.agent(node)?;
         let request =
             v1::AgentMigrationRequest { instance_id: instance.to_string(), migration_id: migration.into() };
-        within(ASK, agent.get_migration(bounded(request, ASK))).await
+        within(&options, ASK, agent.get_migration(bounded(request, ASK))).await
     }
 
     async fn abort_migration(&self, node: &NodeId, instance: &InstanceId, migration: &str) -> Answer<()> {
-        let mut agent = self.agent(node)?;
+        let (mut agent, options) = self.agent(node)?;
         let request =
             v1::AgentMigrationRequest { instance_id: instance.to_string(), migration_id: migration.into() };
-        within(WORK, agent.abort_migration(bounded(request, WORK))).await.map(drop)
+        within(&options, WORK, agent.abort_migration(bounded(request, WORK))).await.map(drop)
     }
 
     async fn create_snapshot(
@@ -106,23 +119,47 @@ impl Nodes for AgentNodes {
         node: &NodeId,
         request: v1::AgentSnapshotRequest,
     ) -> Answer<v1::InstanceSnapshot> {
-        let mut agent = self.agent(node)?;
-        within(SNAPSHOT, agent.create_snapshot(bounded(request, SNAPSHOT))).await
+        let (mut agent, options) = self.agent(node)?;
+        within(&options, SNAPSHOT, agent.create_snapshot(bounded(request, SNAPSHOT))).await
     }
 
     async fn revert_instance(&self, node: &NodeId, request: v1::AgentSnapshotRequest) -> Answer<()> {
-        let mut agent = self.agent(node)?;
-        within(SNAPSHOT, agent.revert_instance(bounded(request, SNAPSHOT))).await.map(drop)
+        let (mut agent, options) = self.agent(node)?;
+        within(&options, SNAPSHOT, agent.revert_instance(bounded(request, SNAPSHOT))).await.map(drop)
     }
 
     async fn delete_snapshot(&self, node: &NodeId, request: v1::AgentSnapshotRequest) -> Answer<()> {
-        let mut agent = self.agent(node)?;
-        within(SNAPSHOT, agent.delete_snapshot(bounded(request, SNAPSHOT))).await.map(drop)
+        let (mut agent, options) = self.agent(node)?;
+        within(&options, SNAPSHOT, agent.delete_snapshot(bounded(request, SNAPSHOT))).await.map(drop)
     }
 
     async fn snapshots(&self, node: &NodeId, instance: &InstanceId) -> Answer<Vec<v1::InstanceSnapshot>> {
-        let mut agent = self.agent(node)?;
+        let (mut agent, options) = self.agent(node)?;
         let request = v1::AgentInstanceRequest { instance_id: instance.to_string() };
-        within(WORK, agent.list_snapshots(bounded(request, WORK))).await.map(|listed| listed.snapshots)
+        within(&options, WORK, agent.list_snapshots(bounded(request, WORK))).await.map(|listed| listed.snapshots)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hv_client::{Clients, channel};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_node_whose_connection_breaks_is_asked_again() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let options = ClientOptions::new(listener.local_addr().expect("its address").to_string());
+        let breaks = tokio::spawn(async move {
+            loop {
+                drop(listener.accept().await);
+            }
+        });
+        let mut agent = Clients::new(channel(&options).expect("a channel")).agent();
+        let asked = agent.get_migration(v1::AgentMigrationRequest::default());
+        let error = within(&options, ASK, asked).await.expect_err("nobody answers");
+        assert!(error.code().retryable(), "{error}: {:?}", error.code());
+        breaks.abort();
     }
 }

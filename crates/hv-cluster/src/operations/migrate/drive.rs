@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use hv_proto::{convert, v1};
 use hv_store::record::Record;
 use hv_store::{Compare, Op, Txn, TxnOutcome};
+use hv_telemetry::crash::{self, Point};
 use hv_types::instance::Binding;
 use hv_types::{InstanceRecord, InstanceState, NodeId, OperationRecord, OperationState, ServiceError};
 use tokio::sync::Notify;
@@ -129,7 +130,7 @@ impl<'a> Drive<'a> {
         let found = self.cluster.cache.read(|state| {
             let operation = state.operation(&self.id)?.clone();
             let record = operation.object_id.parse().ok().and_then(|id| state.instance(&id).cloned());
-            let act = judge(state, &operation, self.begin.elapsed());
+            let act = judge(state, &operation, self.begin.elapsed(), SystemTime::now());
             Some((operation, record, act))
         });
         let Some((operation, record, act)) = found.filter(|(operation, ..)| !operation.state.is_final())
@@ -352,7 +353,9 @@ impl<'a> Drive<'a> {
             then: vec![Op::put(key, ended.encode()), op],
             ..Txn::default()
         };
+        crash::reach(Point::MoveCommitBeforeTxn);
         if self.write(txn).await? {
+            crash::reach(Point::MoveCommitAfterTxn);
             info!(operation = self.id, instance = %record.id, %target, "handed over");
             let message = format!("handed over to node {}", node.hostname);
             self.cluster.events.record(About::Instance(&after), "HandedOver", message, "operations");
@@ -366,6 +369,7 @@ impl<'a> Drive<'a> {
         after.parameters.insert(OUTCOME.into(), outcome.name().into());
         after.parameters.insert(REASON.into(), why.to_owned());
         if self.replace(operation, &after).await? {
+            crash::reach(Point::MoveAbortAfterTxn);
             info!(operation = self.id, why, "a move is being undone");
         }
         Ok(Step::Again)

@@ -1,6 +1,6 @@
 //! What is to be done about a move: a pure function of the records, so that it can be looked at from all sides.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use hv_types::node::Schedulability;
 use hv_types::{InstanceRecord, InstanceState, OperationRecord, OperationState, Wanted};
@@ -25,15 +25,15 @@ pub(super) enum Act {
     End(OperationState, String),
 }
 
-/// What is to be done about `operation`, which its leader has worked on for so long.
-pub(super) fn judge(state: &State, operation: &OperationRecord, worked: Duration) -> Act {
+/// What is to be done now about `operation`, which its leader has worked on for so long.
+pub(super) fn judge(state: &State, operation: &OperationRecord, worked: Duration, now: SystemTime) -> Act {
     use OperationState::{Cancelled, Failed};
     let asked = match Asked::of(operation) {
         Ok(asked) => asked,
         Err(invalid) => return Act::End(Failed, format!("its record cannot be read: {invalid}")),
     };
     let record = state.instance(&asked.instance);
-    let late = worked > asked.timeout;
+    let late = asked.is_late(worked, now);
     let timeout = || format!("it was not done within {} s", asked.timeout.as_secs());
     match Phase::of(operation) {
         Phase::Waiting => match record {
