@@ -450,7 +450,12 @@ impl Driver for QemuDriver {
     }
 
     async fn migration(&self, id: &InstanceId) -> Result<Option<MigrationStatus>> {
-        migration::source::status(&self.machine(id, "migration")?).await
+        let machine = self.machine(id, "migration")?;
+        let incoming = migration::target::status(&machine).await;
+        match incoming.map_err(|e| DriverError::failed(id, "migration", e))? {
+            Some(incoming) => Ok(Some(incoming)),
+            None => migration::source::status(&machine).await,
+        }
     }
 
     async fn abort_migration(&self, id: &InstanceId) -> Result<()> {

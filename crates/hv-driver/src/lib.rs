@@ -542,7 +542,8 @@ pub trait Driver: Send + Sync + 'static {
         Err(self.cannot("migrate", "its runtime cannot move what runs"))
     }
 
-    /// How far the last migration is; `None` if there was none since it was started.
+    /// How far the last migration is; `None` if there was none since it was started. Where an instance waits to be handed over,
+    /// a driver that can tell says [`MigrationPhase::Memory`] while not everything of it has come.
     async fn migration(&self, id: &InstanceId) -> Result<Option<MigrationStatus>> {
         let _ = id;
         Err(self.cannot("migrate", "its runtime cannot move what runs"))

@@ -144,6 +144,7 @@ impl Images {
     }
 
     /// The image of an instance, fetched if need be, and kept for it from now on; `None`: its driver looks for it itself.
+    /// It is the one with this digest, where one is given.
     ///
     /// # Errors
     /// It cannot be had; whether trying again may help is as the error says.
@@ -152,11 +153,16 @@ impl Images {
         driver: Arc<dyn Driver>,
         config: InstanceConfig,
         instance_type: InstanceType,
+        digest: Option<String>,
         progress: watch::Sender<Progress>,
     ) -> Result<Option<LocalImage>, DriverError> {
         let (id, image) = (&config.id, &config.spec.image);
-        let Some(store) = self.store.as_ref().filter(|_| self.concerns(&config, instance_type)) else {
-            return Ok(None);
+        let concerned = self.store.as_ref().filter(|_| self.concerns(&config, instance_type));
+        let Some(store) = concerned else {
+            return match digest {
+                None => Ok(None),
+                Some(digest) => Err(missing(id, image, &digest)),
+            };
         };
         if !self.is_taken_by(&driver).await {
             if !is_reference(image) {
@@ -169,13 +175,22 @@ impl Images {
             });
         }
         let refuse = |error: ImageError| refused(id, error);
-        if store.get(image, instance_type).is_none() {
+        let is_it = |known: &str| digest.as_ref().is_none_or(|digest| digest == known);
+        if !store.get(image, instance_type).is_some_and(|known| is_it(&known.info.digest)) {
+            if let Some(digest) = digest.as_ref().filter(|_| !is_reference(image)) {
+                return Err(missing(id, image, digest));
+            }
             let reference: Reference = image.parse().map_err(refuse)?;
-            let request = PullRequest { reference, name: image.clone(), instance_type, digest: None };
+            let request =
+                PullRequest { reference, name: image.clone(), instance_type, digest: digest.clone() };
             store.pull(&request, &progress, &CancellationToken::new()).await.map_err(refuse)?;
             self.have_changed();
         }
-        store.acquire(image, instance_type, id).await.map(Some).map_err(refuse)
+        let local = store.acquire(image, instance_type, id).await.map_err(refuse)?;
+        match digest {
+            Some(digest) if digest != local.digest => Err(missing(id, image, &digest)),
+            _ => Ok(Some(local)),
+        }
     }
 
     async fn is_taken_by(&self, driver: &Arc<dyn Driver>) -> bool {
@@ -226,6 +241,14 @@ impl Images {
         };
         stopping.run_until_cancelled(collect).await;
     }
+}
+
+fn missing(id: &InstanceId, image: &str, digest: &str) -> DriverError {
+    let reason = format!(
+        "spec.image: this node has no {image} of {digest}, and cannot fetch it by that; `hypervisor-ctl image push` or \
+         `image pull` it here first"
+    );
+    DriverError::invalid(id, reason)
 }
 
 fn refused(id: &InstanceId, error: ImageError) -> DriverError {

@@ -14,7 +14,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::context::Context;
 use crate::entry::{Entry, Order, Origin};
 use crate::view::{Shown, View};
-use crate::worker::{Asked, Command, Refusal, SnapshotOrder, SnapshotWish, Snapshots, Wish, Worker};
+use crate::worker::{
+    Answered, Asked, Command, Refusal, SnapshotOrder, SnapshotWish, Snapshots, Wish, Worker,
+};
 
 /// Commands that wait for one worker.
 const COMMAND_QUEUE: usize = 32;
@@ -141,7 +143,7 @@ impl Instances {
         self: &Arc<Self>,
         id: &InstanceId,
         wish: Wish,
-    ) -> Result<serde_json::Value, ServiceError> {
+    ) -> Result<Answered, ServiceError> {
         let (answer, answered) = oneshot::channel();
         let command = Command::Migration(Box::new(Asked { wish, answer }));
         if !self.deliver(id, command, |_| None).await {

@@ -36,6 +36,8 @@ pub(crate) struct View {
     pub(crate) is_settled: bool,
     /// It is forgotten.
     pub(crate) is_over: bool,
+    /// The image that this node's store gave it.
+    pub(crate) image_digest: Option<String>,
     /// The migration that it waits for here.
     pub(crate) incoming: Option<String>,
     /// The migration that hands it over to another node.
@@ -87,6 +89,7 @@ impl View {
             serial: entry.serial,
             is_settled: !entry.pending && !entry.discard,
             is_over: shown.is_over,
+            image_digest: entry.config.image.as_ref().map(|image| image.digest.clone()),
             incoming: entry.incoming.clone(),
             outgoing: entry.outgoing.as_ref().map(|outgoing| outgoing.migration.clone()),
         }

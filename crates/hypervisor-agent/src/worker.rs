@@ -40,7 +40,7 @@ use crate::plan::{At, Next, Note, Step, done, next_step, remember};
 use crate::view::{Shown, View};
 use crate::worker::call::{Did, after, before, request};
 
-pub(crate) use migration::{Asked, Wish};
+pub(crate) use migration::{Answered, Asked, Wish};
 pub(crate) use snapshots::{Refusal, SnapshotOrder, SnapshotWish, Snapshots};
 
 /// What a worker is told.
@@ -98,6 +98,8 @@ pub(crate) struct Worker {
     named: u64,
     /// What is to be done about a migration, once nothing else is.
     asked: Option<migration::Asked>,
+    /// The image of what another node is about to hand over, while it is fetched.
+    incoming_fetch: Option<fetch::IncomingFetch>,
     /// What is to be done with its snapshots, once nothing else is.
     snapshot_orders: VecDeque<SnapshotOrder>,
 }
@@ -137,6 +139,7 @@ impl Worker {
             gate,
             named,
             asked: None,
+            incoming_fetch: None,
             snapshot_orders: VecDeque::new(),
         }
     }

@@ -26,6 +26,7 @@
 
 mod drive;
 mod judge;
+mod standstill;
 mod tasks;
 
 use std::collections::BTreeMap;

@@ -70,7 +70,14 @@ pub(crate) struct Movers {
     pub(crate) target_dies: Mutex<bool>,
     /// The source gives up by itself.
     pub(crate) source_fails: Mutex<bool>,
+    /// The target fetches the image of what comes.
+    pub(crate) target_fetches: Mutex<bool>,
+    /// Not everything that was sent has reached the target.
+    pub(crate) is_on_its_way: Mutex<bool>,
 }
+
+/// The image that the source's store gave the instance.
+const IMAGE: &str = "sha256:1";
 
 impl Movers {
     pub(crate) fn new() -> Arc<Self> {
@@ -80,6 +87,8 @@ impl Movers {
             polls: Mutex::new(2),
             target_dies: Mutex::new(false),
             source_fails: Mutex::new(false),
+            target_fetches: Mutex::new(false),
+            is_on_its_way: Mutex::new(false),
         })
     }
 
@@ -164,10 +173,20 @@ impl Nodes for Movers {
         node: &NodeId,
         request: v1::AgentPrepareIncomingRequest,
     ) -> Answer<v1::AgentPrepareIncomingResponse> {
-        assert!(!Self::source(node) && request.driver == "fake");
+        assert!(!Self::source(node) && request.driver == "fake" && request.image_digest == IMAGE);
+        let fetches = *self.target_fetches.lock();
         self.answer(Call::Prepare, |seen| {
             seen.incoming = Some(request.migration_id);
-            Ok(v1::AgentPrepareIncomingResponse { target: "{}".into() })
+            if fetches {
+                let progress = "its image: downloading, 50 % of 2 MiB".into();
+                return Ok(v1::AgentPrepareIncomingResponse {
+                    progress,
+                    done_bytes: 1 << 20,
+                    total_bytes: 2 << 20,
+                    ..Default::default()
+                });
+            }
+            Ok(v1::AgentPrepareIncomingResponse { target: "{}".into(), ..Default::default() })
         })
     }
 
@@ -195,15 +214,19 @@ impl Nodes for Movers {
         _: &InstanceId,
         migration: &str,
     ) -> Answer<v1::AgentMigrationStatus> {
-        let mut status = v1::AgentMigrationStatus { driver: "fake".into(), ..Default::default() };
+        let mut status = v1::AgentMigrationStatus {
+            driver: "fake".into(),
+            image_digest: IMAGE.into(),
+            ..Default::default()
+        };
         if !Self::source(node) {
-            let dies = *self.target_dies.lock();
+            let (dies, is_on_its_way) = (*self.target_dies.lock(), *self.is_on_its_way.lock());
             return self.answer(Call::AskTarget, |seen| {
                 let waits = seen.incoming.as_deref() == Some(migration) && !dies;
-                status.set_phase(if waits {
-                    v1::MigrationPhase::HandedOver
-                } else {
-                    v1::MigrationPhase::Failed
+                status.set_phase(match waits {
+                    true if is_on_its_way => v1::MigrationPhase::Memory,
+                    true => v1::MigrationPhase::HandedOver,
+                    false => v1::MigrationPhase::Failed,
                 });
                 status.message = if waits { String::new() } else { "it is gone".into() };
                 Ok(status)

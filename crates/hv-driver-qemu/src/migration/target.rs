@@ -4,7 +4,7 @@ use std::net::{IpAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
-use hv_driver::{Incoming, IncomingRequest, Storage};
+use hv_driver::{Incoming, IncomingRequest, MigrationPhase, MigrationStatus, Storage};
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -133,6 +133,19 @@ async fn serve_disks(live: &Live, stored: &Stored, listen: IpAddr) -> Outcome<u1
         live.monitor.command("block-export-add", Some(export)).await?;
     }
     Ok(port)
+}
+
+/// How far the hand-over to this node is, while there is one.
+pub(crate) async fn status(machine: &Arc<Machine>) -> Outcome<Option<MigrationStatus>> {
+    let Some(expected) = Expected::read(&machine.dir)? else { return Ok(None) };
+    let Ok(Some(live)) = machine.live("migration").await else { return Ok(None) };
+    let phase = match live.status().await {
+        Status::Waiting => MigrationPhase::Memory,
+        Status::Still => MigrationPhase::HandedOver,
+        Status::Running | Status::HandedOver => return Ok(None),
+    };
+    let migration = expected.request.migration;
+    Ok(Some(MigrationStatus { migration, phase, done_bytes: 0, total_bytes: 0, downtime: None }))
 }
 
 /// Whether everything has come. What is on its way is waited for: the source knows a moment earlier than the target that

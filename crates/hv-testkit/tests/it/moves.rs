@@ -7,6 +7,7 @@ mod guest;
 mod moving;
 
 use anyhow::{Context as _, Result, ensure};
+use hv_testkit::until;
 
 use moving::{Disks, Moving, Options, SOURCE, TARGET, number, text};
 
@@ -32,13 +33,20 @@ async fn there_and_back(disks: Disks) -> Result<()> {
         let told = moving.counts_on(10).await?;
         ensure!(told.restarts == 1, "it was started anew from its disk: {told:?}");
         moving.cluster.ctl(&["instance", "delete", "web"]).await?;
-        for agent in [SOURCE, TARGET] {
-            let left = moving.left_at(agent)?;
-            ensure!(left.is_empty(), "left at agent {agent}: {left:?}");
-        }
+        nothing_left(&moving, SOURCE).await?;
+        nothing_left(&moving, TARGET).await?;
         anyhow::Ok(())
     };
     steps.await.with_context(|| moving.cluster.logs())
+}
+
+async fn nothing_left(moving: &Moving, agent: usize) -> Result<()> {
+    until(&format!("agent {agent} to have nothing of it"), async || {
+        let left = moving.left_at(agent)?;
+        ensure!(left.is_empty(), "left: {left:?}");
+        Ok(Some(()))
+    })
+    .await
 }
 
 /// One move, as a user asks for it and sees it.
@@ -55,12 +63,7 @@ async fn moves(moving: &Moving, from: usize, to: usize) -> Result<()> {
     ensure!(told.restarts == 0, "it was not started anew: {told:?}");
     moving.answers().await?;
     ensure!(moving.processes(to)?.len() == 1, "one process runs at its new node");
-    hv_testkit::until("its old node to have nothing of it", async || {
-        let left = moving.left_at(from)?;
-        ensure!(left.is_empty(), "left: {left:?}");
-        Ok(Some(()))
-    })
-    .await?;
+    nothing_left(moving, from).await?;
     let used = async |node: usize| -> Result<u64> {
         let node = moving.cluster.ctl(&["node", "get", &format!("node-{node}"), "-o", "json"]).await?;
         let node: serde_json::Value = serde_json::from_str(&node)?;
@@ -70,4 +73,31 @@ async fn moves(moving: &Moving, from: usize, to: usize) -> Result<()> {
     let operation = moving.last_operation().await?;
     ensure!(text(&operation, "state") == "OPERATION_STATE_SUCCEEDED", "{operation}");
     Ok(())
+}
+
+/// A node that does not have the image fetches it first, and it is the very image that the instance was made from.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_of_a_fetched_image_moves_to_a_node_that_does_not_have_it() -> Result<()> {
+    let options = Options { fetched: true, ..Options::new(Disks::Copied) };
+    let Some(moving) = Moving::start(SUITE, options).await? else { return Ok(()) };
+    let steps = async {
+        let file = moving.image_file();
+        let image = std::fs::read(&file)?;
+        std::fs::write(&file, vec![7; image.len()])?;
+        let refused = moving.migrate(&[]).await;
+        ensure!(
+            refused.as_ref().is_err_and(|e| format!("{e:#}").contains("sha256:")),
+            "the image has changed: {refused:?}"
+        );
+        std::fs::write(&file, image)?;
+        moves(&moving, SOURCE, TARGET).await?;
+        let users = moving.cluster.agent_dir(TARGET).join("image-store/users");
+        let held = std::fs::read_dir(&users)?.filter_map(|entry| Some(entry.ok()?.file_name()));
+        let is_held = held.into_iter().any(|name| name.to_string_lossy().contains(&moving.id));
+        ensure!(is_held, "its new node does not keep its image for it");
+        moving.cluster.ctl(&["instance", "restart", "web", "--force"]).await?;
+        ensure!(moving.counts_on(10).await?.restarts == 1, "it starts at its new node");
+        anyhow::Ok(())
+    };
+    steps.await.with_context(|| moving.cluster.logs())
 }

@@ -1,9 +1,10 @@
 //! Handing running instances over, and taking them.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 use std::time::Duration;
 
-use hv_driver::{IncomingRequest, MigrateRequest, MigrationPhase, Observed, Storage};
+use hv_driver::{Driver, IncomingRequest, MigrateRequest, MigrationPhase, Observed, Storage};
 use hv_proto::v1;
 use hv_types::{Epoch, ErrorCode, InstanceId, ServiceError};
 use pbjson_types::Empty;
@@ -14,7 +15,8 @@ use super::deadline::{ask, budget};
 use super::{Answer, Service, id_from, refuse};
 use crate::assignments::order_of;
 use crate::entry::Entry;
-use crate::worker::Wish;
+use crate::images::told;
+use crate::worker::{Answered, Wish};
 
 /// How long a driver may take to make an instance wait, or to begin to hand it over.
 const MOST_WAIT: Duration = Duration::from_secs(60);
@@ -63,16 +65,31 @@ impl Service {
         };
         let id = order.config.id.clone();
         self.instances.expect(Entry::incoming(order, request.migration_id.clone(), driver.name()));
-        let wish = Wish::Prepare(IncomingRequest {
+        let incoming = IncomingRequest {
             migration: request.migration_id,
             storage: storage(request.copy_storage),
             listen,
-        });
-        let target = self.migrate(&id, wish, wait).await?;
+        };
+        let image = Some(request.image_digest).filter(|digest| !digest.is_empty());
+        let target = match self.migrate(&id, Wish::Prepare(incoming, image), wait).await? {
+            Answered::Waits(target) => target,
+            Answered::Done => serde_json::Value::Null,
+            Answered::Fetches(progress) => {
+                return Ok(Response::new(v1::AgentPrepareIncomingResponse {
+                    progress: told(progress),
+                    done_bytes: progress.done_bytes,
+                    total_bytes: progress.total_bytes,
+                    ..v1::AgentPrepareIncomingResponse::default()
+                }));
+            }
+        };
         let target = Target { driver: driver.name().to_owned(), target };
         let target = serde_json::to_vec(&target)
             .map_err(|e| refuse(&ServiceError::internal("the target cannot be written").caused_by(e)))?;
-        Ok(Response::new(v1::AgentPrepareIncomingResponse { target: target.into() }))
+        Ok(Response::new(v1::AgentPrepareIncomingResponse {
+            target: target.into(),
+            ..v1::AgentPrepareIncomingResponse::default()
+        }))
     }
 
     pub(super) async fn begin_migration(
@@ -134,12 +151,7 @@ impl Service {
     }
 
     /// Has an instance's worker do something about a migration.
-    async fn migrate(
-        &self,
-        id: &InstanceId,
-        wish: Wish,
-        wait: Duration,
-    ) -> Result<serde_json::Value, Status> {
+    async fn migrate(&self, id: &InstanceId, wish: Wish, wait: Duration) -> Result<Answered, Status> {
         let answer = self.instances.migrate(id, wish);
         match tokio::time::timeout(wait, answer).await {
             Ok(answer) => answer.map_err(|e| refuse(&e)),
@@ -148,6 +160,17 @@ impl Service {
                 Err(refuse(&ServiceError::new(ErrorCode::DeadlineExceeded, text)))
             }
         }
+    }
+
+    /// Whether not everything has come yet of an instance that waits here, as far as its driver tells.
+    async fn is_arriving(
+        &self,
+        driver: &Arc<dyn Driver>,
+        id: &InstanceId,
+        patience: Duration,
+    ) -> Result<bool, Status> {
+        let told = ask(patience, driver.migration(id)).await?;
+        Ok(told.is_some_and(|told| matches!(told.phase, MigrationPhase::Disks | MigrationPhase::Memory)))
     }
 
     /// How far a migration is here: as the source of it, or as what waits for it.
@@ -161,11 +184,15 @@ impl Service {
         let driver = self.driver_of(id)?;
         let mut status = v1::AgentMigrationStatus {
             driver: driver.name().to_owned(),
+            image_digest: view.image_digest.clone().unwrap_or_default(),
             ..v1::AgentMigrationStatus::default()
         };
         if view.incoming.as_deref() == Some(migration) {
             let seen = ask(patience, driver.observe(id)).await?;
             let (phase, message) = match seen {
+                Observed::Paused(_) if self.is_arriving(&driver, id, patience).await? => {
+                    (v1::MigrationPhase::Memory, String::new())
+                }
                 Observed::Paused(_) => (v1::MigrationPhase::HandedOver, String::new()),
                 seen => (
                     v1::MigrationPhase::Failed,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hv_driver::{Driver, DriverError, LocalImage};
+use hv_image::Progress;
 use hv_types::{InstanceState, Wanted};
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -45,7 +46,64 @@ impl Fetch {
     }
 }
 
+/// The fetch of an image for an instance that another node is about to hand over. It goes on while nobody asks for it.
+pub(super) struct IncomingFetch {
+    migration: String,
+    fetch: Fetch,
+    seen: watch::Receiver<Progress>,
+}
+
 impl Worker {
+    /// Sees to it that the image of an instance that waits here is on this node. `Some`: it is being fetched, and so far.
+    pub(super) async fn provide_incoming(
+        &mut self,
+        driver: &Arc<dyn Driver>,
+        migration: &str,
+        digest: Option<String>,
+    ) -> Result<Option<Progress>, DriverError> {
+        let (config, instance_type) = (self.entry.config.clone(), self.entry.instance_type);
+        let images = Arc::clone(&self.context.images);
+        let is_needed = digest.is_some() || images.concerns(&config, instance_type);
+        if config.image.is_some() || !is_needed {
+            return Ok(None);
+        }
+        let begun = self.incoming_fetch.take().filter(|begun| begun.migration == migration);
+        let fetching = begun.unwrap_or_else(|| {
+            let (progress, seen) = watch::channel(Default::default());
+            let (id, deadline) = (config.id.clone(), self.context.tuning.fetch_deadline);
+            let work = images.provide(Arc::clone(driver), config, instance_type, digest, progress);
+            let bounded = async move {
+                let timeout_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
+                let late = || DriverError::Timeout { id, operation: OPERATION, timeout_ms };
+                tokio::time::timeout(deadline, work).await.unwrap_or_else(|_| Err(late()))
+            };
+            IncomingFetch { migration: migration.to_owned(), fetch: Fetch::begin(bounded), seen }
+        });
+        let mut going = fetching.fetch.going.clone();
+        let look = Box::pin(async move {
+            // Either way it is looked at what there is.
+            let _ = tokio::time::timeout(LOOK_EVERY, going.changed()).await;
+            Ok(())
+        });
+        let is_given_up = |entry: &Entry| entry.wanted == Wanted::Deleted || entry.released;
+        if let Called::Overtaken = self.call(look, 2 * LOOK_EVERY, OPERATION, None, is_given_up).await {
+            return Err(DriverError::wrong_state(self.entry.id(), OPERATION, "it was given up meanwhile"));
+        }
+        let outcome = fetching.fetch.outcome.lock().take();
+        match outcome {
+            Some(image) => {
+                self.entry.config.image = image?;
+                self.unsaved = true;
+                Ok(None)
+            }
+            None => {
+                let progress = *fetching.seen.borrow();
+                self.incoming_fetch = Some(fetching);
+                Ok(Some(progress))
+            }
+        }
+    }
+
     /// Sees to it that the image of the instance is on this node, and tells how far it is. False: it is not, and what was
     /// to be done with it is over, or put off.
     pub(super) async fn provide_image(&mut self, driver: &Arc<dyn Driver>, serial: u64) -> bool {
@@ -55,7 +113,7 @@ impl Worker {
         }
         let (progress, seen) = watch::channel(Default::default());
         let (config, instance_type) = (self.entry.config.clone(), self.entry.instance_type);
-        let fetch = Fetch::begin(images.provide(Arc::clone(driver), config, instance_type, progress));
+        let fetch = Fetch::begin(images.provide(Arc::clone(driver), config, instance_type, None, progress));
         let end = Instant::now() + self.context.tuning.fetch_deadline;
         let is_pointless = |entry: &Entry| entry.wanted == Wanted::Deleted || entry.released;
         let error = loop {

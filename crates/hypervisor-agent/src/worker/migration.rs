@@ -6,6 +6,7 @@
 //! - What waits here runs only by an assignment that names the migration which brought it.
 
 use hv_driver::{DriverError, IncomingRequest, MigrateRequest, Observed};
+use hv_image::Progress;
 use hv_telemetry::crash::{Point, reach};
 use hv_types::{Epoch, ErrorCode, ServiceError, Wanted};
 use tokio::sync::oneshot;
@@ -16,16 +17,27 @@ use crate::entry::{Entry, Origin, Outgoing};
 /// What is asked.
 #[derive(Debug)]
 pub(crate) enum Wish {
-    /// Wait for it to be handed over.
-    Prepare(IncomingRequest),
+    /// Wait for it to be handed over; the image that the other node's store gave it.
+    Prepare(IncomingRequest, Option<String>),
     /// Hand it over; the binding that is to end.
     Begin(Epoch, MigrateRequest),
     /// Give the migration up.
     Abort(String),
 }
 
-/// The answer: what the driver says of the target, where it says something.
-pub(crate) type Answer = Result<serde_json::Value, ServiceError>;
+/// What is told of what was asked.
+#[derive(Debug)]
+pub(crate) enum Answered {
+    /// It is done.
+    Done,
+    /// It waits, and so its driver describes where.
+    Waits(serde_json::Value),
+    /// Its image is being fetched first; ask again.
+    Fetches(Progress),
+}
+
+/// The answer.
+pub(crate) type Answer = Result<Answered, ServiceError>;
 
 /// A wish and where its answer is awaited.
 #[derive(Debug)]
@@ -60,7 +72,7 @@ impl Worker {
     pub(super) async fn take_asked(&mut self, asked: Asked) {
         if let Wish::Abort(migration) = &asked.wish {
             let outcome = self.abort(&migration.clone()).await;
-            asked.done(outcome.map(|()| serde_json::Value::Null));
+            asked.done(outcome.map(|()| Answered::Done));
             return;
         }
         if self.asked.as_ref().is_some_and(|waiting| !waiting.answer.is_closed()) {
@@ -78,6 +90,7 @@ impl Worker {
         let entry = &mut self.entry;
         if entry.origin == Origin::Incoming {
             if entry.incoming.as_deref() == Some(migration) && entry.wanted != Wanted::Deleted {
+                self.incoming_fetch = None;
                 entry.abort_migration(migration);
                 entry.stop.force = true;
                 entry.want(Wanted::Deleted);
@@ -127,16 +140,14 @@ impl Worker {
             return;
         }
         let outcome = match &asked.wish {
-            Wish::Prepare(request) => self.prepare(request.clone()).await,
-            Wish::Begin(epoch, request) => {
-                self.begin(*epoch, request.clone()).await.map(|()| serde_json::Value::Null)
-            }
-            Wish::Abort(migration) => self.abort(&migration.clone()).await.map(|()| serde_json::Value::Null),
+            Wish::Prepare(request, image) => self.prepare(request.clone(), image.clone()).await,
+            Wish::Begin(epoch, request) => self.begin(*epoch, request.clone()).await.map(|()| Answered::Done),
+            Wish::Abort(migration) => self.abort(&migration.clone()).await.map(|()| Answered::Done),
         };
         asked.done(outcome);
     }
 
-    async fn prepare(&mut self, request: IncomingRequest) -> Answer {
+    async fn prepare(&mut self, request: IncomingRequest, image: Option<String>) -> Answer {
         let entry = &self.entry;
         let id = entry.id();
         if entry.origin != Origin::Incoming || entry.wanted == Wanted::Deleted {
@@ -158,7 +169,12 @@ impl Worker {
         let Some(driver) = self.driver.clone() else {
             return Err(refused(format!("instance {id} has no driver on this node")));
         };
-        let config = entry.config.clone();
+        match self.provide_incoming(&driver, &request.migration, image).await {
+            Ok(None) => {}
+            Ok(Some(progress)) => return Ok(Answered::Fetches(progress)),
+            Err(error) => return Err(service_error(&error)),
+        }
+        let config = self.entry.config.clone();
         let call = Box::pin(async move { driver.prepare_incoming(&config, &request).await });
         let deadline = self.context.tuning.create_deadline;
         let given_up = |entry: &Entry| entry.wanted == Wanted::Deleted;
@@ -171,7 +187,7 @@ impl Worker {
                 self.unsaved = true;
                 self.save().await;
                 self.remembered()?;
-                Ok(incoming.target)
+                Ok(Answered::Waits(incoming.target))
             }
             Called::Done(Err(error)) => Err(service_error(&error)),
             Called::Overtaken => Err(refused("the migration was given up meanwhile".to_owned())),

@@ -41,6 +41,7 @@ impl Pair {
             migration_id: migration.into(),
             copy_storage: false,
             driver: "fake".into(),
+            ..v1::AgentPrepareIncomingRequest::default()
         };
         let answer = self.target.client().prepare_incoming(request).await?;
         Ok(answer.into_inner().target.to_vec())
@@ -179,6 +180,7 @@ async fn a_hand_over_of_another_binding_is_refused() {
         migration_id: M.into(),
         copy_storage: false,
         driver: "fake".into(),
+        ..v1::AgentPrepareIncomingRequest::default()
     };
     let refused = pair.source.client().prepare_incoming(request).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");

@@ -136,7 +136,9 @@ impl Nodes for AgentNodes {
     async fn snapshots(&self, node: &NodeId, instance: &InstanceId) -> Answer<Vec<v1::InstanceSnapshot>> {
         let (mut agent, options) = self.agent(node)?;
         let request = v1::AgentInstanceRequest { instance_id: instance.to_string() };
-        within(&options, WORK, agent.list_snapshots(bounded(request, WORK))).await.map(|listed| listed.snapshots)
+        within(&options, WORK, agent.list_snapshots(bounded(request, WORK)))
+            .await
+            .map(|listed| listed.snapshots)
     }
 }
 

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::judge::{Act, judge};
+use super::standstill::Standstill;
 use super::{Asked, DOWNTIME, OUTCOME, Phase, REASON};
 use crate::Cluster;
 use crate::election::Leadership;
@@ -70,6 +71,8 @@ pub(super) struct Drive<'a> {
     begun: bool,
     /// When progress was last written.
     written: Option<Instant>,
+    /// Whether anything is still sent.
+    standstill: Standstill,
     /// When the source was first seen to have handed it over.
     handed_over: Option<Instant>,
     /// How often the target was asked to forget it.
@@ -95,6 +98,7 @@ impl<'a> Drive<'a> {
             begin: Instant::now(),
             begun: false,
             written: None,
+            standstill: Standstill::default(),
             handed_over: None,
             target_tries: 0,
             source_done: false,
@@ -209,9 +213,7 @@ impl<'a> Drive<'a> {
                 "its node does not know of the transfer any more; was the agent or the guest restarted?"
                     .into(),
             )),
-            v1::MigrationPhase::Unspecified => {
-                self.transfer(operation, asked, target, record, status.driver).await
-            }
+            v1::MigrationPhase::Unspecified => self.transfer(operation, asked, target, record, status).await,
             v1::MigrationPhase::Disks | v1::MigrationPhase::Memory => {
                 self.begun = true;
                 self.tell_progress(operation, &status).await
@@ -228,18 +230,22 @@ impl<'a> Drive<'a> {
         asked: &Asked,
         target: &NodeId,
         record: &InstanceRecord,
-        driver: String,
+        at_source: v1::AgentMigrationStatus,
     ) -> Result<Found> {
         let request = v1::AgentPrepareIncomingRequest {
             assignment: Some(convert::assignment_to(record)),
             migration_id: self.id.clone(),
             copy_storage: asked.copy_storage,
-            driver,
+            driver: at_source.driver,
+            image_digest: at_source.image_digest,
         };
         let incoming = match self.nodes.prepare_incoming(target, request).await {
             Ok(incoming) => incoming,
             Err(error) => return self.trouble(operation, target, &error).await,
         };
+        if incoming.target.is_empty() {
+            return self.tell_fetch(operation, target, &incoming).await;
+        }
         if Phase::of(operation) == Phase::Preparing {
             let message =
                 format!("node {} waits, node {} sends", self.hostname(target), self.hostname(&asked.source));
@@ -266,6 +272,23 @@ impl<'a> Drive<'a> {
         }
     }
 
+    /// Says how far the target is with the image that it fetches first.
+    async fn tell_fetch(
+        &mut self,
+        operation: &OperationRecord,
+        target: &NodeId,
+        incoming: &v1::AgentPrepareIncomingResponse,
+    ) -> Result<Found> {
+        if self.written.is_none_or(|at| at.elapsed() >= PROGRESS_INTERVAL) {
+            let message = format!("node {} fetches {}", self.hostname(target), incoming.progress);
+            let mut after = Phase::of(operation).enter(operation, message);
+            (after.done, after.total) = (incoming.done_bytes, incoming.total_bytes);
+            self.replace(operation, &after).await?;
+            self.written = Some(Instant::now());
+        }
+        Ok(Found::On(Step::Wait(POLL)))
+    }
+
     async fn tell_progress(
         &mut self,
         operation: &OperationRecord,
@@ -273,6 +296,9 @@ impl<'a> Drive<'a> {
     ) -> Result<Found> {
         let what = if status.phase() == v1::MigrationPhase::Disks { "disks" } else { "memory" };
         let (done, total) = (status.done_bytes, status.total_bytes.max(status.done_bytes));
+        if let Some(why) = self.standstill.look(status.phase(), done, Instant::now()) {
+            return Ok(Found::Hopeless(why));
+        }
         if self.written.is_none_or(|at| at.elapsed() >= PROGRESS_INTERVAL) {
             let mut after = Phase::Transferring.enter(operation, format!("sends {what}"));
             (after.done, after.total) = (done, total);
@@ -295,6 +321,15 @@ impl<'a> Drive<'a> {
         let since = *self.handed_over.get_or_insert_with(Instant::now);
         match self.nodes.migration(target, &asked.instance, &self.id).await {
             Ok(there) if there.phase() == v1::MigrationPhase::HandedOver => {}
+            Ok(there) if there.phase() == v1::MigrationPhase::Memory => {
+                // The source knows a moment earlier than the target that everything was sent; or its end got lost.
+                if since.elapsed() <= HAND_OVER_PATIENCE {
+                    return Ok(Found::On(Step::Wait(POLL_CLOSE)));
+                }
+                let (node, seconds) = (self.hostname(target), HAND_OVER_PATIENCE.as_secs());
+                let why = format!("the end of what was sent did not reach node {node} within {seconds} s");
+                return Ok(Found::Hopeless(why));
+            }
             Ok(there) => {
                 let why = if there.message.is_empty() { "it knows nothing of it" } else { &there.message };
                 let node = self.hostname(target);

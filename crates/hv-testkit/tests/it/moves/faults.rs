@@ -10,10 +10,11 @@ use hv_testkit::{Cut, DEADLINE, median, until};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::SUITE;
+use super::guest::Told;
 use super::moving::{Disks, Ended, Moving, Options, SOURCE, TARGET};
 
 /// How many are made if nothing else is asked for.
-const RUNS: usize = 4;
+const RUNS: usize = 3;
 /// The target's disk, where it is to be full.
 const SMALL_DISK_BYTES: u64 = 64 << 20;
 /// What is left of it: less than the instance's disk needs.
@@ -185,7 +186,7 @@ impl Moving {
     }
 }
 
-async fn run(when: When, what: What, disks: Disks) -> Result<Option<Ended>> {
+async fn run(when: When, what: What, disks: Disks) -> Result<Option<(Ended, Told)>> {
     let mut options = Options::new(disks);
     options.network = what == LinkCut;
     options.target_disk = (what == TargetDiskFull).then_some(SMALL_DISK_BYTES);
@@ -194,7 +195,7 @@ async fn run(when: When, what: What, disks: Disks) -> Result<Option<Ended>> {
     steps.map(Some).with_context(|| moving.cluster.logs())
 }
 
-async fn struck(moving: &mut Moving, when: When, what: What) -> Result<Ended> {
+async fn struck(moving: &mut Moving, when: When, what: What) -> Result<(Ended, Told)> {
     match what {
         DiesAt(point) => moving.doom(point).await?,
         _ if when == Arriving => moving.doom(Point::MoveResumeBefore).await?,
@@ -216,14 +217,14 @@ async fn struck(moving: &mut Moving, when: When, what: What) -> Result<Ended> {
         moving.target_disk.as_ref().context("no disk of its own")?.free()?;
     }
     let ended = moving.settles(&before, &operation).await?;
-    moving.counts_on(10).await?;
+    let told = moving.counts_on(10).await?;
     moving.answers().await?;
-    check(what, &ended)?;
-    Ok(ended)
+    check(what, &ended, told)?;
+    Ok((ended, told))
 }
 
-fn check(what: What, ended: &Ended) -> Result<()> {
-    let Ended { state, message, moved, told, .. } = ended;
+fn check(what: What, ended: &Ended, told: Told) -> Result<()> {
+    let Ended { state, message, moved, .. } = ended;
     ensure!(!message.is_empty(), "it ended without a reason");
     let is_process = matches!(what, SourceQemuDies | TargetQemuDies);
     ensure!(told.restarts == 0 || is_process, "its process was not killed, and yet it was started anew");
@@ -252,10 +253,11 @@ async fn whatever_fails_in_a_move_one_copy_runs_and_counts_on() -> Result<()> {
         let disks = if is_copied { Disks::Copied } else { Disks::Shared };
         let begun = Instant::now();
         let ended = run(when, what, disks).await;
-        let Some(ended) = ended.with_context(|| format!("{what:?} at {when:?}, disks {disks:?}"))? else {
+        let Some((ended, told)) = ended.with_context(|| format!("{what:?} at {when:?}, disks {disks:?}"))?
+        else {
             continue;
         };
-        let Ended { message, moved, downtime_us, told, longest_silence, .. } = ended;
+        let Ended { message, moved, downtime_us, longest_silence, .. } = ended;
         eprintln!(
             "{number}: {what:?} at {when:?}, disks {disks:?}: moved {moved}, started anew {} times, silent for at most {} ms, \
              took {:.1} s: {message}",
@@ -267,7 +269,10 @@ async fn whatever_fails_in_a_move_one_copy_runs_and_counts_on() -> Result<()> {
     }
     if let (false, Some(most)) = (downtimes.is_empty(), downtimes.iter().copied().reduce(f64::max)) {
         let moved = downtimes.len();
-        eprintln!("{moved} moved; stood still until all was sent: median {:.1} ms, at most {most:.1} ms", median(&downtimes));
+        eprintln!(
+            "{moved} moved; stood still until all was sent: median {:.1} ms, at most {most:.1} ms",
+            median(&downtimes)
+        );
     }
     Ok(())
 }

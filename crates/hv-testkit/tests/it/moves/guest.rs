@@ -8,6 +8,8 @@ use anyhow::{Context as _, Result, ensure};
 const GREETING: &str = "mover-guest: from ";
 /// What it prints when a page or a sector is not what it wrote there; then it stands still.
 const WRONG: &str = "memory or disk is wrong";
+/// The file of its image.
+pub(super) const IMAGE_FILE: &str = "mover.raw";
 /// How often it keeps its count on its disk.
 const KEPT_EVERY: u64 = 8;
 /// The size of its disk, all but the first megabyte of which is only there to be copied.
@@ -75,7 +77,7 @@ pub(super) fn disk() -> Vec<u8> {
 
 /// Writes its disk as the image `mover` of a directory.
 pub(super) fn put_image(dir: &Path) -> Result<()> {
-    Ok(std::fs::write(dir.join("mover.raw"), disk())?)
+    Ok(std::fs::write(dir.join(IMAGE_FILE), disk())?)
 }
 
 /// What its consoles say, of all its processes one after the other.

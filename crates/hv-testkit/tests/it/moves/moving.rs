@@ -43,11 +43,13 @@ pub(super) struct Options {
     pub(super) network: bool,
     /// The target's state is on a disk of so many bytes.
     pub(super) target_disk: Option<u64>,
+    /// Its image is fetched by the nodes, instead of lying in their directories.
+    pub(super) fetched: bool,
 }
 
 impl Options {
     pub(super) fn new(disks: Disks) -> Self {
-        Self { disks, network: false, target_disk: None }
+        Self { disks, network: false, target_disk: None, fetched: false }
     }
 }
 
@@ -59,7 +61,7 @@ pub(super) struct Moving {
     pub(super) target_disk: Option<SmallDisk>,
     consoles: Consoles,
     disks: Disks,
-    _dirs: TempDir,
+    dirs: TempDir,
 }
 
 /// How a move has ended.
@@ -70,7 +72,6 @@ pub(super) struct Ended {
     pub(super) moved: bool,
     /// How long it stood still at the source until everything was sent, in microseconds.
     pub(super) downtime_us: Option<u64>,
-    pub(super) told: Told,
     pub(super) longest_silence: Duration,
 }
 
@@ -105,22 +106,27 @@ impl Moving {
         if options.disks == Disks::Shared {
             env.push(("HYPERVISOR_DRIVERS_QEMU_DISK_DIR", shared.display().to_string()));
         }
+        if options.fetched {
+            env.push(("HYPERVISOR_IMAGES_FILE_DIRS", format!("[{}]", images.display())));
+        }
+        let image = match options.fetched {
+            true => format!("file://{}", images.join(guest::IMAGE_FILE).display()),
+            false => "mover".to_owned(),
+        };
         let agent = AgentOptions {
             drivers: vec!["qemu"],
-            image_dir: Some(images),
+            image_dir: Some(images).filter(|_| !options.fetched),
             capacity: Some((8, 8 << 30)),
             env,
             ..AgentOptions::default()
         };
-        let of_cluster = ClusterOptions {
-            heartbeat_timeout: HEARTBEAT_TIMEOUT,
-            network,
-            ..ClusterOptions::default()
-        };
+        let of_cluster =
+            ClusterOptions { heartbeat_timeout: HEARTBEAT_TIMEOUT, network, ..ClusterOptions::default() };
         let mut cluster = Cluster::start(of_cluster).await?;
         cluster.add_agent(agent.clone()).await?;
         cluster.until_ready(1).await?;
-        let create = ["instance", "create", "--name", "web", "--type", "vm", "--image", "mover", "--cpus", "1"];
+        let create =
+            ["instance", "create", "--name", "web", "--type", "vm", "--image", &image, "--cpus", "1"];
         let policy = ["--memory", "128", "--restart", "always", "-o", "name"];
         cluster.ctl(&[&create[..], &policy].concat()).await.with_context(|| cluster.logs())?;
         let state_dir = target_disk.as_ref().map(|disk| disk.path().join("agent"));
@@ -131,9 +137,14 @@ impl Moving {
         let log = |agent| cluster.agent_dir(agent).join("qemu").join(&id).join("console.log");
         let consoles = Consoles::watch(vec![log(SOURCE), log(TARGET)]);
         let disks = options.disks;
-        let moving = Self { cluster, id, target_disk, consoles, disks, _dirs: dirs };
+        let moving = Self { cluster, id, target_disk, consoles, disks, dirs };
         moving.counts_on(10).await?;
         Ok(Some(moving))
+    }
+
+    /// The file of its image.
+    pub(super) fn image_file(&self) -> PathBuf {
+        self.dirs.path().join("images").join(guest::IMAGE_FILE)
     }
 
     /// Waits until it has counted so much further.
@@ -247,7 +258,6 @@ impl Moving {
             message: text(&operation, "message").to_owned(),
             moved,
             downtime_us: text(&operation["parameters"], "downtime_us").parse().ok(),
-            told: self.told()?,
             longest_silence: self.consoles.longest_silence(),
         })
     }
