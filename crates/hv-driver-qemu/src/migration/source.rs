@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use hv_driver::{DriverError, MigrateRequest, MigrationPhase, MigrationStatus, Result, Storage};
 use serde_json::json;
+use tokio::time::Instant;
 
 use super::transfer::{self, LOOK_INTERVAL};
 use super::{CREDENTIALS, Outgoing, Waiting, give_key, goes_on, hardware, is_handed_over};
@@ -16,6 +17,9 @@ use crate::problem::{Outcome, Problem};
 
 /// How long QEMU may take to give a transfer of memory up.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long it is waited for QEMU to confirm that, while the guest runs. What was given up is never completed (it leaves the
+/// state `cancelling` for `cancelled` only); QEMU may wait for a target that does not answer until TCP gives up.
+const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Begins to hand a machine over, or goes on with it.
 pub(crate) async fn migrate(
@@ -238,6 +242,7 @@ async fn give_up(machine: &Machine, live: &Live, problem: &Problem) {
 
 /// Ends the transfer of memory and of disks, wherever they are.
 async fn stop_transfer(live: &Live) -> Outcome<()> {
+    let begun = Instant::now();
     let cancel = async {
         loop {
             let told = live.monitor.command("query-migrate", None).await?;
@@ -247,6 +252,9 @@ async fn stop_transfer(live: &Live) -> Outcome<()> {
                 // (QEMU 7.2, migration_maybe_pause: the state changes first, so nobody wakes it). One more wake-up frees
                 // it, and does no harm where it does not wait: the next migration takes back what is left over.
                 "cancelling" => {
+                    if begun.elapsed() > CONFIRM_TIMEOUT && runs(live).await? {
+                        return Ok(());
+                    }
                     let wake = json!({ "state": "cancelling" });
                     let _ = live.monitor.command("migrate-continue", Some(wake)).await;
                 }
@@ -260,6 +268,12 @@ async fn stop_transfer(live: &Live) -> Outcome<()> {
         timeout_ms: u64::try_from(CANCEL_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
     })??;
     transfer::drop_copies(live).await
+}
+
+/// Whether the guest runs, in QEMU's own words: one that is about to be handed over stands still for a moment.
+async fn runs(live: &Live) -> Outcome<bool> {
+    let told = live.monitor.command("query-status", None).await?;
+    Ok(told["running"].as_bool().unwrap_or(false))
 }
 
 /// Ends a hand-over that goes on, before the machine is stopped: whether it was complete is certain afterwards.

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use hv_cluster::operations::migrate::MigrateOptions;
 use hv_store::record::Record;
-use hv_store::{Op, Store as _, Txn};
+use hv_store::{Op, Txn};
 
 use super::{Set, begin, ended, operation, options};
 use crate::movers::Call;

@@ -45,6 +45,8 @@ enum What {
     ServerDies,
     SourceQemuDies,
     TargetQemuDies,
+    /// It takes its connections, and answers nobody.
+    TargetQemuHangs,
     Cancelled,
     TargetDiskFull,
     LinkCut,
@@ -54,12 +56,12 @@ enum What {
 
 use What::{
     Cancelled, DiesAt, LinkCut, ServerDies, SourceAgentDies, SourceQemuDies, TargetAgentDies, TargetDiskFull,
-    TargetQemuDies,
+    TargetQemuDies, TargetQemuHangs,
 };
 use When::{Arriving, Asked, HandedOver, Memory};
 
 /// The most telling first, as few of them are made always.
-const FAULTS: [(When, What); 30] = [
+const FAULTS: [(When, What); 31] = [
     (HandedOver, SourceAgentDies),
     (Memory, TargetQemuDies),
     (Arriving, ServerDies),
@@ -80,6 +82,7 @@ const FAULTS: [(When, What); 30] = [
     (Arriving, SourceQemuDies),
     (HandedOver, SourceQemuDies),
     (Memory, SourceAgentDies),
+    (Memory, TargetQemuHangs),
     (Asked, DiesAt(Point::MoveCommitAfterTxn)),
     (Asked, DiesAt(Point::MoveCommitBeforeTxn)),
     (Asked, DiesAt(Point::MoveBeginAfterJournal)),
@@ -157,8 +160,9 @@ impl Moving {
             SourceAgentDies => self.cluster.agent(SOURCE).context("no agent")?.kill(),
             TargetAgentDies => self.cluster.agent(TARGET).context("no agent")?.kill(),
             ServerDies => self.cluster.server().context("no server")?.kill(),
-            SourceQemuDies => self.kill_qemu(SOURCE).await,
-            TargetQemuDies => self.kill_qemu(TARGET).await,
+            SourceQemuDies => self.signal_qemu(SOURCE, Signal::KILL),
+            TargetQemuDies => self.signal_qemu(TARGET, Signal::KILL),
+            TargetQemuHangs => self.signal_qemu(TARGET, Signal::STOP),
             TargetDiskFull => self.target_disk.as_ref().context("no disk of its own")?.fill(LEFT_BYTES),
             LinkCut => {
                 let target = self.cluster.agent_host(TARGET).context("no host")?.ip().to_owned();
@@ -176,11 +180,11 @@ impl Moving {
         }
     }
 
-    async fn kill_qemu(&self, agent: usize) -> Result<()> {
+    fn signal_qemu(&self, agent: usize, signal: Signal) -> Result<()> {
         for pid in self.processes(agent)? {
             let pid = Pid::from_raw(i32::try_from(pid)?).context("no process id")?;
             // It may end by itself in this moment.
-            let _ = kill_process(pid, Signal::KILL);
+            let _ = kill_process(pid, signal);
         }
         Ok(())
     }
