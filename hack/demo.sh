@@ -192,7 +192,7 @@ pull() { ctl image pull --type "$1" --name "hello-$1" "file://$CACHE/images/hell
 create() {
   local command=(instance create "demo-$1" --type "$1" --image "$2") width=$width
   instances+=("demo-$1")
-  width=84
+  width=88
   do_step "hypervisor-ctl ${command[*]}" ctl "${command[@]}"
 }
 
@@ -238,7 +238,7 @@ run_demo() {
   remove_remains
   # These show their own progress: on a new machine they take minutes.
   step "what is missing" hack/setup.sh demo
-  [ -n "${NOBUILD:-}" ] || step "build" build
+  step "build" build
   choose
   mkdir -p "$DEMO_DIR"
   output_file=$(mktemp)
