@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# shellcheck disable=SC2034  # its variables are for demo.sh
 # Sourced by demo.sh: what a demo has outside of its processes' memory, and how all of it is found and removed again,
 # also what one left behind that was killed. Everything carries the name of the demo's directory.
 
