@@ -294,31 +294,6 @@ async fn whoever_has_another_key_is_turned_away() {
     cleaned(&subject, nodes.source(), &nodes.config).await;
 }
 
-/// Its connection is taken by the kernel, and nobody ever says a word on it.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_target_that_does_not_answer_holds_nothing_up() {
-    let Some(subject) = two_nodes().await else { return };
-    let (nodes, request) = begin(&subject, Storage::Shared).await;
-    let id = &nodes.config.id;
-    let before = count(nodes.source(), &nodes.config).await;
-    subject.freeze_second(id);
-    nodes.source().migrate(id, &request).await.expect("migrate");
-    let begun = Instant::now();
-    loop {
-        let status = nodes.source().migration(id).await.expect("migration").expect("it was begun");
-        if status.phase == MigrationPhase::Memory {
-            break;
-        }
-        assert!(begun.elapsed() < PATIENCE, "it is never sent: {status:?}");
-        tokio::time::sleep(LOOK_INTERVAL).await;
-    }
-    nodes.source().abort_migration(id).await.expect("abort");
-    assert!(runs(nodes.source(), &nodes.config).await);
-    assert!(count(nodes.source(), &nodes.config).await >= before);
-    nodes.target().delete(id).await.expect("give it up");
-    cleaned(&subject, nodes.source(), &nodes.config).await;
-}
-
 /// A machine that is not alike cannot take what comes; the source says so before anything is sent.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_target_that_is_not_alike_is_refused() {

@@ -166,14 +166,6 @@ impl QemuSubject {
         }
     }
 
-    /// Stops what runs for an instance on the second node without ending it: it answers nobody.
-    pub(crate) fn freeze_second(&self, id: &InstanceId) {
-        let dir = self.state_dirs()[1].join(id.as_str());
-        for (pid, _) in processes_in(&dir) {
-            kill_process(Pid::from_raw(pid).unwrap(), Signal::STOP).unwrap();
-        }
-    }
-
     fn state_dirs(&self) -> Vec<PathBuf> {
         let second = self.second.as_ref().map(|second| second.state_dir.clone());
         std::iter::once(self.options.state_dir.clone()).chain(second).collect()
