@@ -12,6 +12,7 @@ use hv_proto::v1::{self, console_input::Input};
 use hv_testkit::{
     AgentOptions, Cluster, ClusterOptions, DEADLINE, Network, SmallDisk, qemu_processes, skip, until,
 };
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -278,6 +279,23 @@ impl Moving {
             bail!("its console was closed")
         };
         tokio::time::timeout(DEADLINE, listening).await.context("its console does not answer")?
+    }
+}
+
+impl Drop for Moving {
+    /// A machine outlives its agent; first the agents, which would start it again.
+    fn drop(&mut self) {
+        for agent in 0..self.cluster.agents() {
+            if let Some(process) = self.cluster.agent(agent) {
+                // What cannot be ended here ends with the cluster.
+                let _ = process.kill();
+            }
+        }
+        for pid in qemu_processes(&self.id).unwrap_or_default() {
+            if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
     }
 }
 
