@@ -75,7 +75,8 @@ async fn follow(shared: &Shared) {
 async fn ask(shared: &Shared) {
     let mut missed = 0;
     while missed < MAX_MISSED {
-        tokio::time::sleep(QUIET_INTERVAL).await;
+        // One that is gone refuses at once, and is known to be gone soon.
+        tokio::time::sleep(if missed == 0 { QUIET_INTERVAL } else { RETRY_INTERVAL }).await;
         match shared.client.version_text(LOOK_TIMEOUT).await {
             Ok(_) => missed = 0,
             Err(_) => missed += 1,
