@@ -22,8 +22,8 @@ use crate::argv::{self, Launch};
 use crate::console::{ConsoleHub, end_of};
 use crate::exit;
 use crate::files::{
-    AGENT_SOCKET, CONSOLE, CONSOLE_SOCKET, EVENTS, EVENTS_SOCKET, EXIT, INCOMING, InstanceDir,
-    MONITOR_SOCKET, OUTGOING, PID, RUN, STARTED, STDERR, Stored, StoredExit, StoredRun, VNC_SOCKET, now_ms,
+    AGENT_SOCKET, CONSOLE, CONSOLE_SOCKET, EVENTS, EVENTS_SOCKET, EXIT, InstanceDir, MONITOR_SOCKET,
+    OUTGOING, PID, RUN, STARTED, STDERR, Stored, StoredExit, StoredRun, VNC_SOCKET, now_ms,
 };
 use crate::limits;
 use crate::live::{Live, Status};
@@ -229,7 +229,7 @@ impl Machine {
             return refused("it was handed over to another node");
         }
         match live {
-            None if self.dir.file(INCOMING).exists() => {
+            None if !migration::target::inherit(self).map_err(self.failed("start"))? => {
                 refused("what was to be handed over to it never arrived; delete it")
             }
             None => self.launch(platform, machine_type, Launch::Run).await.map(drop),

@@ -31,6 +31,8 @@ pub(crate) enum Problem {
     Garbled(String),
     #[error("{what} was not done within {timeout_ms} ms")]
     Timeout { what: String, timeout_ms: u64 },
+    #[error("the other node cannot be reached at {0}")]
+    Unreachable(std::net::SocketAddr, #[source] std::io::Error),
     #[error("its lock is held, but no process of it was found; look with `fuser {0}`")]
     Unfindable(PathBuf),
     #[error("a system call on the qemu process failed")]

@@ -64,7 +64,7 @@ impl QemuDriver {
         let path = self.state.make(id).map_err(failed)?;
         let dir = InstanceDir::open(path.clone()).map_err(Problem::file("open", &path)).map_err(failed)?;
         // First of all: whose disks they are decides what may be removed.
-        let expected = Expected { request: request.clone(), waiting: None };
+        let expected = Expected { request: request.clone(), waiting: None, arrived: false };
         dir.write(INCOMING, &expected).map_err(failed)?;
         let from = match request.storage {
             Storage::Copied => Disks::Copied,

@@ -30,6 +30,9 @@ pub(crate) struct Expected {
     pub(crate) request: IncomingRequest,
     /// What the source was told; `None`: nothing yet.
     pub(crate) waiting: Option<Waiting>,
+    /// Whether all of it came, and so its disks are whole here, which is noted before anybody is told.
+    #[serde(default)]
+    pub(crate) arrived: bool,
 }
 
 impl Expected {
@@ -106,7 +109,7 @@ pub(crate) async fn listen(
         hardware: hardware(&stored, machine_type, platform),
         proof,
     };
-    let expected = Expected { request: request.clone(), waiting: Some(waiting) };
+    let expected = Expected { request: request.clone(), waiting: Some(waiting), arrived: false };
     machine.dir.write(INCOMING, &expected)?;
     expected.answer()?.ok_or_else(|| Problem::Garbled("no answer".to_owned()))
 }
@@ -141,11 +144,26 @@ pub(crate) async fn status(machine: &Arc<Machine>) -> Outcome<Option<MigrationSt
     let Ok(Some(live)) = machine.live("migration").await else { return Ok(None) };
     let phase = match live.status().await {
         Status::Waiting => MigrationPhase::Memory,
-        Status::Still => MigrationPhase::HandedOver,
+        Status::Still if expected.arrived || note_arrival(machine, &live).await? => {
+            MigrationPhase::HandedOver
+        }
+        Status::Still => MigrationPhase::Memory,
         Status::Running | Status::HandedOver => return Ok(None),
     };
     let migration = expected.request.migration;
     Ok(Some(MigrationStatus { migration, phase, done_bytes: 0, total_bytes: 0, downtime: None }))
+}
+
+/// Notes that all of it came; `false` where it is just being resumed, stopped or deleted, which decides by itself.
+async fn note_arrival(machine: &Machine, live: &Live) -> Outcome<bool> {
+    let Ok(_change) = machine.change.try_lock() else { return Ok(false) };
+    match Expected::read(&machine.dir)? {
+        Some(expected) if live.status().await == Status::Still => {
+            machine.dir.write(INCOMING, &Expected { arrived: true, ..expected })?;
+            Ok(true)
+        }
+        Some(_) | None => Ok(false),
+    }
 }
 
 /// Whether everything has come. What is on its way is waited for: the source knows a moment earlier than the target that
@@ -173,10 +191,28 @@ pub(crate) async fn take_over(machine: &Machine, live: &Live) -> Outcome<()> {
     }
     // Where there is none it need not end. The last one that writes the disks must be gone before the guest is.
     let _ = live.monitor.command("nbd-server-stop", None).await;
+    own_disks(machine, &expected)
+}
+
+fn own_disks(machine: &Machine, expected: &Expected) -> Outcome<()> {
     if machine.stored().disk_dir.is_some() && expected.request.storage == Storage::Shared {
         machine.dir.append(OWNS_DISKS)?;
     }
     Ok(())
+}
+
+/// Makes a machine that died after all of it had come, and before it went on, one of this node, which starts from its disks:
+/// whoever starts it knows that it is nowhere else. `false`: it never came.
+pub(crate) fn inherit(machine: &Machine) -> Outcome<bool> {
+    match Expected::read(&machine.dir)? {
+        None => Ok(true),
+        Some(expected) if !expected.arrived => Ok(false),
+        Some(expected) => {
+            own_disks(machine, &expected)?;
+            taken_over(machine)?;
+            Ok(true)
+        }
+    }
 }
 
 /// After it went on.

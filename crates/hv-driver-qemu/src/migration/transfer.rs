@@ -1,9 +1,12 @@
 //! The steps of a hand-over at the source, each of which looks first whether it was done.
 
+use std::io::ErrorKind;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use hv_driver::Storage;
 use serde_json::{Value, json};
+use tokio::net::TcpStream;
 
 use super::target::in_uri;
 use super::{CREDENTIALS, Outgoing, Waiting, has_node, is_missing};
@@ -11,6 +14,8 @@ use crate::files::Stored;
 use crate::live::Live;
 use crate::problem::{Outcome, Problem};
 
+/// How long a connection to the target may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long finished jobs may take to be gone.
 const JOB_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often QEMU is asked how far it is. It would say so itself, but to nobody who was away meanwhile.
@@ -53,7 +58,7 @@ pub(super) async fn copy_disks(
                 "driver": "nbd", "node-name": copy, "server": server, "export": disk, "tls-creds": CREDENTIALS,
                 "discard": "unmap",
             });
-            live.monitor.command("blockdev-add", Some(node)).await?;
+            add_copy(live, waiting, node).await?;
         }
         let mirror = json!({
             "job-id": copy, "device": disk, "target": copy, "sync": "full",
@@ -63,6 +68,28 @@ pub(super) async fn copy_disks(
         live.monitor.command("blockdev-mirror", Some(mirror)).await?;
     }
     Ok(())
+}
+
+/// Connects to a disk at the target. QEMU does nothing else meanwhile, and its guest stands still with it, so it is told to
+/// give up soon; before 7.0 it cannot be told.
+async fn add_copy(live: &Live, waiting: &Waiting, node: Value) -> Outcome<()> {
+    reach(waiting).await?;
+    let mut bounded = node.clone();
+    bounded["open-timeout"] = CONNECT_TIMEOUT.as_secs().into();
+    match live.monitor.command("blockdev-add", Some(bounded)).await {
+        Err(Problem::Refused { reason, .. }) if reason.contains("open-timeout") => {
+            live.monitor.command("blockdev-add", Some(node)).await.map(drop)
+        }
+        added => added.map(drop),
+    }
+}
+
+/// Looks whether the target can be reached at all.
+async fn reach(waiting: &Waiting) -> Outcome<()> {
+    let address = SocketAddr::new(waiting.address, waiting.disk_port);
+    let connected = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await;
+    let connected = connected.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()));
+    connected.map(drop).map_err(|error| Problem::Unreachable(address, error))
 }
 
 async fn jobs(live: &Live) -> Outcome<Vec<Value>> {

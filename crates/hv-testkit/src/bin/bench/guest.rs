@@ -61,7 +61,7 @@ pub(crate) async fn measure() -> Result<Vec<Row>> {
     let raw = json!({ "system_ms": through, "bare_qemu_ms": bare });
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     Ok(vec![
-        row("create to guest", "ms", Bar::TimesAtMost(1.1), median(&through), baseline, raw),
+        row("create to guest", "ms", Bar::TimesAtMost(1.05), median(&through), baseline, raw),
         row("server's memory, idle", "MiB", Bar::Most(40.0), mib(server), None, json!(server)),
         row("agent's memory, idle", "MiB", Bar::Most(25.0), mib(agent), None, json!(agent)),
         row("`hypervisor-ctl version`", "ms", Bar::Most(10.0), median(&version_ms), None, json!(version_ms)),

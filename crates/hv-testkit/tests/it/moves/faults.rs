@@ -61,7 +61,7 @@ use What::{
 use When::{Arriving, Asked, HandedOver, Memory};
 
 /// The most telling first, as few of them are made always.
-const FAULTS: [(When, What); 30] = [
+const FAULTS: [(When, What); 31] = [
     (HandedOver, SourceAgentDies),
     (Memory, TargetQemuDies),
     (When::Disks, SourceQemuDies),
@@ -72,6 +72,7 @@ const FAULTS: [(When, What); 30] = [
     (When::Disks, SourceAgentDies),
     (HandedOver, TargetQemuDies),
     (Memory, LinkCut),
+    (Arriving, TargetQemuDies),
     (Memory, ServerDies),
     (HandedOver, TargetAgentDies),
     (When::Disks, TargetQemuDies),
