@@ -242,6 +242,7 @@ async fn give_up(machine: &Machine, live: &Live, problem: &Problem) {
 
 /// Ends the transfer of memory and of disks, wherever they are.
 async fn stop_transfer(live: &Live) -> Outcome<()> {
+    transfer::cut(live).await;
     let begun = Instant::now();
     let cancel = async {
         loop {

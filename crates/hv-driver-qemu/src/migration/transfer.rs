@@ -92,6 +92,22 @@ async fn reach(waiting: &Waiting) -> Outcome<()> {
     connected.map(drop).map_err(|error| Problem::Unreachable(address, error))
 }
 
+/// Closes what is connected to the target. One that does not answer would keep QEMU waiting for it, and whatever it is told
+/// afterwards; where nothing is connected, or QEMU is older than 6.0, there is nothing to close.
+pub(super) async fn cut(live: &Live) {
+    let Ok(known) = live.monitor.command("query-yank", None).await else { return };
+    let is_ours = |instance: &Value| {
+        let is_copy = instance["node-name"].as_str().is_some_and(|name| name.starts_with("copy"));
+        instance["type"] == "migration" || is_copy
+    };
+    let ours: Vec<_> = known.as_array().into_iter().flatten().filter(|one| is_ours(one)).cloned().collect();
+    if !ours.is_empty()
+        && let Err(error) = live.monitor.command("yank", Some(json!({ "instances": ours }))).await
+    {
+        tracing::debug!(%error, "the connections of a migration were not closed");
+    }
+}
+
 async fn jobs(live: &Live) -> Outcome<Vec<Value>> {
     let jobs = live.monitor.command("query-jobs", None).await?;
     let is_ours = |job: &Value| job["id"].as_str().is_some_and(|id| id.starts_with("copy"));
