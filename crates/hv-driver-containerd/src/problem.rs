@@ -68,7 +68,7 @@ impl Problem {
         match self {
             // A task that is being cleared away is reported by its directory, which is there still, or just was.
             Self::Call { status, .. } => {
-                let remains = ["file exists", "open shim log pipe"];
+                let remains = ["file exists", "open shim log pipe", "getwd: no such file or directory"];
                 status.code() == Code::AlreadyExists
                     || remains.iter().any(|text| status.message().contains(text))
             }
