@@ -53,6 +53,8 @@ fn keep(_order: &OsString) -> std::io::Result<()> {
     Err(std::io::Error::from(std::io::ErrorKind::Unsupported))
 }
 
+#[cfg(all(test, target_os = "linux"))]
+pub(crate) use linux::Log;
 #[cfg(target_os = "linux")]
 use linux::keep;
 #[cfg(target_os = "linux")]
@@ -158,7 +160,7 @@ mod linux {
     }
 
     /// The log and its bound.
-    struct Log {
+    pub(crate) struct Log {
         dir: PathBuf,
         limit_bytes: u64,
         file: File,
@@ -168,18 +170,28 @@ mod linux {
     }
 
     impl Log {
-        fn open(dir: PathBuf, limit_bytes: u64) -> io::Result<Self> {
+        pub(crate) fn open(dir: PathBuf, limit_bytes: u64) -> io::Result<Self> {
             let append = |name: &str| File::options().create(true).append(true).open(dir.join(name));
             let (file, times) = (append(LOG)?, append(TIMES)?);
             let length = file.metadata()?.len();
             Ok(Self { limit_bytes, file, times, length, noted_ms: 0, dir })
         }
 
-        fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        fn cut(&mut self) -> io::Result<()> {
+            for (name, old) in [(TIMES, TIMES_OLD), (LOG, LOG_OLD)] {
+                match fs::rename(self.dir.join(name), self.dir.join(old)) {
+                    // A cut that a full disk broke off has moved it already.
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                    other => other?,
+                }
+            }
+            *self = Self::open(self.dir.clone(), self.limit_bytes)?;
+            Ok(())
+        }
+
+        pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
             if self.length > 0 && self.length + bytes.len() as u64 > self.limit_bytes {
-                fs::rename(self.dir.join(TIMES), self.dir.join(TIMES_OLD))?;
-                fs::rename(self.dir.join(LOG), self.dir.join(LOG_OLD))?;
-                *self = Self::open(std::mem::take(&mut self.dir), self.limit_bytes)?;
+                self.cut()?;
             }
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);

@@ -41,27 +41,48 @@ struct Tail {
 fn open(dir: &Path, want: Want) -> io::Result<(Vec<u8>, Tail)> {
     let path = dir.join(LOG);
     for _ in 0..MAX_TRIES {
-        let mut file = match File::open(&path) {
-            Ok(file) => file,
-            // Before the first word, or while it is being cut.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                if dir.join(LOG_OLD).exists() {
-                    continue;
-                }
-                return Ok((Vec::new(), Tail { path, file: None, inode: 0 }));
-            }
-            Err(e) => return Err(e),
-        };
-        let inode = file.metadata()?.ino();
-        let (old_from, from) = want.places(dir, file.metadata()?.len());
-        let mut history = read_from(&dir.join(LOG_OLD), old_from)?;
-        file.seek(SeekFrom::Start(from))?;
-        file.read_to_end(&mut history)?;
-        if fs::metadata(&path).is_ok_and(|now| now.ino() == inode) {
-            return Ok((history, Tail { path, file: Some(file), inode }));
+        // While both are held open neither a cut nor a second one takes away what they say, nor is an inode used again.
+        let old = open_if_there(&dir.join(LOG_OLD))?;
+        let file = open_if_there(&path)?;
+        let length = length_of(file.as_ref())?;
+        let (old_from, from) = want.places(dir, length_of(old.as_ref())?, length);
+        let is_cut = inode_at(&dir.join(LOG_OLD))? != inode_of(old.as_ref())?
+            || inode_at(&path)? != inode_of(file.as_ref())?;
+        if is_cut {
+            continue;
         }
+        let mut history = Vec::new();
+        if let Some(from) = old_from {
+            read_from(old.as_ref(), from, &mut history)?;
+        }
+        read_from(file.as_ref(), from, &mut history)?;
+        // Before the first word, and in the middle of a cut, there is none: it goes on at the begin of the next.
+        let inode = inode_of(file.as_ref())?.unwrap_or_default();
+        return Ok((history, Tail { path, file, inode }));
     }
     Err(io::Error::other("the log is cut faster than it can be read"))
+}
+
+fn open_if_there(path: &Path) -> io::Result<Option<File>> {
+    match File::open(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        other => other.map(Some),
+    }
+}
+
+fn length_of(file: Option<&File>) -> io::Result<u64> {
+    file.map_or(Ok(0), |file| Ok(file.metadata()?.len()))
+}
+
+fn inode_of(file: Option<&File>) -> io::Result<Option<u64>> {
+    file.map(|file| Ok(file.metadata()?.ino())).transpose()
+}
+
+fn inode_at(path: &Path) -> io::Result<Option<u64>> {
+    match fs::metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        other => other.map(|file| Some(file.ino())),
+    }
 }
 
 /// Which part is wanted.
@@ -72,14 +93,11 @@ enum Want {
 }
 
 impl Want {
-    /// Where to begin in the old log, `None` for not at all, and in the present one of so many bytes.
-    fn places(self, dir: &Path, length: u64) -> (Option<u64>, u64) {
+    /// Where to begin in the old log, `None` for not at all, and in the present one; both of so many bytes.
+    fn places(self, dir: &Path, old: u64, length: u64) -> (Option<u64>, u64) {
         match self {
             Self::Recent(bytes) if bytes <= length => (None, length - bytes),
-            Self::Recent(bytes) => {
-                let old = fs::metadata(dir.join(LOG_OLD)).map_or(0, |file| file.len());
-                (Some(old.saturating_sub(bytes - length)), 0)
-            }
+            Self::Recent(bytes) => (Some(old.saturating_sub(bytes - length)), 0),
             Self::Since(None) => (Some(0), 0),
             Self::Since(Some(since)) => {
                 let since = since.duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -108,18 +126,11 @@ fn first_since(times: &str, since_ms: u64) -> Option<u64> {
     young.next().map(|(_, place)| place)
 }
 
-fn read_from(path: &Path, from: Option<u64>) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let Some(from) = from else { return Ok(bytes) };
-    match File::open(path) {
-        Ok(mut file) => {
-            file.seek(SeekFrom::Start(from))?;
-            file.read_to_end(&mut bytes)?;
-        }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(e) => return Err(e),
-    }
-    Ok(bytes)
+fn read_from(file: Option<&File>, from: u64, bytes: &mut Vec<u8>) -> io::Result<()> {
+    let Some(mut file) = file else { return Ok(()) };
+    file.seek(SeekFrom::Start(from))?;
+    file.read_to_end(bytes)?;
+    Ok(())
 }
 
 impl Tail {
@@ -254,6 +265,7 @@ fn follow(history: Vec<u8>, tail: Tail, notify: Notify, ended: watch::Receiver<b
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keeper::Log;
 
     #[test]
     fn since_gives_never_less_than_was_asked_for() {
@@ -269,6 +281,40 @@ mod tests {
         for (since, expected) in cases {
             assert_eq!(first_since(times, since), expected, "{since}");
         }
+    }
+
+    #[test]
+    fn a_log_whose_cut_stands_still_half_way_is_read_and_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(LOG_OLD), "a").unwrap();
+        let (history, mut tail) = open(dir.path(), Want::Since(None)).unwrap();
+        assert_eq!(history, b"a");
+        assert!(tail.more().unwrap().is_empty());
+        fs::write(dir.path().join(LOG), "b").unwrap();
+        assert_eq!(tail.more().unwrap(), "b");
+    }
+
+    #[test]
+    fn a_log_that_is_cut_all_the_time_is_read_without_a_gap() {
+        const LINES: u32 = 20_000;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_owned();
+        let writer = std::thread::spawn(move || {
+            let mut log = Log::open(path, 4096).unwrap();
+            for line in 0..LINES {
+                log.write(format!("{line:07}\n").as_bytes()).unwrap();
+            }
+        });
+        while !writer.is_finished() {
+            // What is cut faster than it is read says so; what is read has no gap.
+            let Ok((text, _)) = open(dir.path(), Want::Since(None)) else { continue };
+            let text = String::from_utf8(text).unwrap();
+            // The last one may be half written.
+            let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+            let lines: Vec<u32> = whole.lines().map(|line| line.parse().unwrap()).collect();
+            assert!(lines.windows(2).all(|two| two[0] + 1 == two[1]), "{lines:?}");
+        }
+        writer.join().unwrap();
     }
 
     #[tokio::test]
