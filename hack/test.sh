@@ -42,6 +42,7 @@ run_nextest() {
   # A status without a failed test (a set-up script, an interrupted run) still is a failure.
   [ "$status" -eq 0 ] || [ "$broken" -gt 0 ] || broken=1
   failed=$((failed + broken))
+  grep -oE '^ *FLAKY .*' "$log" | sed -E 's/^.*\) +//' | sort -u >"$work/flaky" || true
 }
 
 run_doc_tests() {
@@ -92,9 +93,18 @@ show_drivers() {
   fi
 }
 
+# Only where NEXTEST_RETRIES asks for second attempts, as .ci/run does.
+show_flaky() {
+  local name
+  while read -r name; do
+    say "passed at the second attempt only, a fault to be found: $name"
+  done <"$work/flaky"
+}
+
 close() {
   show_drivers
   account_for_skips
+  show_flaky
   [ "$setup_ok" = yes ] || say "the set-up is incomplete: see the errors of hack/setup.sh above"
   say "$passed passed, $failed failed, $skipped skipped"
   [ "$failed" -eq 0 ]
@@ -107,6 +117,7 @@ main() {
   : >"$HYPERVISOR_SKIP_LOG"
   export HYPERVISOR_CONFORMANCE_LOG=$work/conformance
   : >"$HYPERVISOR_CONFORMANCE_LOG"
+  : >"$work/flaky"
   if [ "${1:-}" = --short ]; then
     run_nextest -E 'kind(lib) + kind(bin)' --no-tests pass
     close
