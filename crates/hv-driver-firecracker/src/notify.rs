@@ -22,13 +22,6 @@ pub(crate) struct Notify {
 }
 
 impl Notify {
-    /// Tells of names that appear in a directory.
-    pub(crate) fn entries_of(dir: &Path) -> io::Result<Self> {
-        let fd = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
-        inotify::add_watch(&fd, dir, WatchFlags::CREATE | WatchFlags::MOVED_TO)?;
-        Ok(Self { fd: awaitable(fd)? })
-    }
-
     /// Tells of writes to files.
     pub(crate) fn writes_to(files: &[&Path]) -> io::Result<Self> {
         let fd = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
