@@ -49,7 +49,7 @@ mod work;
 
 use std::time::SystemTime;
 
-use hv_types::{InstanceRecord, InstanceState, NodeRecord};
+use hv_types::{InstanceRecord, InstanceState, NodeRecord, Resources};
 
 pub use decide::{Decision, Situation, decide};
 
@@ -66,6 +66,7 @@ pub fn started_afresh(record: &InstanceRecord, node: &NodeRecord, at: Option<Sys
         started_at: None,
         restart_count: 0,
         update_note: String::new(),
+        holds: Resources::default(),
         recovery_note: String::new(),
         // What another node may hold of it is not taken up: it starts afresh.
         migration: None,

@@ -12,8 +12,8 @@ use hv_proto::{convert, v1};
 use hv_store::{Compare, Op, StoreError, Txn, TxnOutcome};
 use hv_telemetry::crash::{self, Point};
 use hv_types::{
-    ClusterId, Epoch, InstanceId, InstanceRecord, InstanceState, Invalid, NodeId, ServiceError, Wanted,
-    validate,
+    ClusterId, Epoch, InstanceId, InstanceRecord, InstanceState, Invalid, NodeId, Resources, ServiceError,
+    Wanted, validate,
 };
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
@@ -378,6 +378,7 @@ fn judge(state: &State, node: &NodeId, report: &Report) -> Effect {
     after.ip_address.clone_from(&report.ip_address);
     after.restart_count = report.restart_count;
     after.update_note.clone_from(&report.update_note);
+    after.hold(held(&after, report));
     // The node speaks: whatever was said of its loss is over.
     after.recovery_note.clear();
     after.started_at = report.started_at.or(record.started_at);
@@ -390,6 +391,19 @@ fn judge(state: &State, node: &NodeId, report: &Report) -> Effect {
         return Effect::Nothing(Verdict::Accepted);
     }
     Effect::Update(Box::new(after))
+}
+
+/// What its node still gives an instance that was made smaller.
+fn held(record: &InstanceRecord, report: &Report) -> Resources {
+    let is_taken = report.observed_generation >= record.generation;
+    match (is_taken, report.state) {
+        (true, _) if report.update_note.is_empty() => Resources::default(),
+        // What does not run has its disks and nothing else.
+        (true, InstanceState::Stopped) => {
+            Resources { disk_bytes: record.holds.disk_bytes, ..Resources::default() }
+        }
+        _ => record.holds,
+    }
 }
 
 /// What becomes of a copy that waits on `node` to be handed over.
@@ -426,6 +440,7 @@ fn unbound(record: &InstanceRecord, node: &NodeId) -> InstanceRecord {
         started_at: None,
         restart_count: 0,
         update_note: String::new(),
+        holds: Resources::default(),
         recovery_note: String::new(),
         migration: None,
         ..record.clone()

@@ -442,6 +442,8 @@ pub struct InstanceRecord {
     pub recovery_note: String,
     /// What of its specification takes effect at the next start only, and why; empty for nothing.
     pub update_note: String,
+    /// What its node still gives it, where it was made smaller and its node has not done that yet; nothing otherwise.
+    pub holds: Resources,
     /// It is being moved to another node while it runs. Nothing else can be asked of it meanwhile but its deletion.
     pub migration: Option<Box<Migration>>,
     /// The revision this was read at; not part of the value.
@@ -478,6 +480,7 @@ impl InstanceRecord {
             restart_count: 0,
             recovery_note: String::new(),
             update_note: String::new(),
+            holds: Resources::default(),
             migration: None,
             revision: Revision::default(),
         }
@@ -496,10 +499,15 @@ impl InstanceRecord {
         target.filter(|target| self.node_id() != Some(*target))
     }
 
-    /// What it takes on its node.
+    /// What it takes on its node: what it is to have, and what it had while it is not smaller yet.
     #[must_use]
     pub fn resources(&self) -> Resources {
-        self.spec.resources()
+        self.spec.resources().most(self.holds)
+    }
+
+    /// Keeps no more than `holds` beyond what it is to have.
+    pub fn hold(&mut self, holds: Resources) {
+        self.holds = if holds.fits_in(self.spec.resources()) { Resources::default() } else { holds };
     }
 
     /// The node it is bound to.

@@ -41,6 +41,17 @@ impl Resources {
         }
     }
 
+    /// Of each amount the larger one.
+    #[must_use]
+    pub fn most(self, other: Self) -> Self {
+        Self {
+            cpu_cores: self.cpu_cores.max(other.cpu_cores),
+            memory_bytes: self.memory_bytes.max(other.memory_bytes),
+            disk_bytes: self.disk_bytes.max(other.disk_bytes),
+            gpu_count: self.gpu_count.max(other.gpu_count),
+        }
+    }
+
     /// Whether every amount is at most the other's.
     #[must_use]
     pub fn fits_in(self, room: Self) -> bool {

@@ -274,6 +274,8 @@ fn updated(before: &InstanceRecord, spec: InstanceSpec, name: Option<&String>) -
         after.name.clone_from(name);
     }
     after.generation += 1;
+    // Its node gives the room back when it has taken it away from the guest, which may be at the next start.
+    after.hold(before.node_id().map_or(Resources::default(), |_| before.resources()));
     // To change what ended by itself is no request to run it again.
     let rests = before.state == InstanceState::Stopped && before.restart_policy == RestartPolicy::Never;
     if before.binding.is_some() && before.wanted == Wanted::Running && rests && before.is_settled() {

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use hv_store::{Compare, Op, Txn, TxnOutcome};
 use hv_types::instance::FailoverPolicy;
 use hv_types::node::Schedulability;
-use hv_types::{InstanceRecord, InstanceState, NodeId, NodeRecord, Wanted};
+use hv_types::{InstanceRecord, InstanceState, NodeId, NodeRecord, Resources, Wanted};
 use pbjson_types::Empty;
 
 use crate::Cluster;
@@ -249,6 +249,7 @@ fn failed(record: &InstanceRecord, node: &NodeRecord) -> InstanceRecord {
         started_at: None,
         restart_count: 0,
         update_note: String::new(),
+        holds: Resources::default(),
         recovery_note: String::new(),
         migration: None,
         ..record.clone()

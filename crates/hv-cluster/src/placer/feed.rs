@@ -202,5 +202,8 @@ fn asks_alike(a: &InstanceRecord, b: &InstanceRecord) -> bool {
     fn same<T: PartialEq>(a: &Arc<T>, b: &Arc<T>) -> bool {
         Arc::ptr_eq(a, b) || a == b
     }
-    same(&a.metadata, &b.metadata) && same(&a.placement, &b.placement) && same(&a.spec, &b.spec)
+    a.holds == b.holds
+        && same(&a.metadata, &b.metadata)
+        && same(&a.placement, &b.placement)
+        && same(&a.spec, &b.spec)
 }

@@ -4,7 +4,7 @@ use hv_cluster::instances::Update;
 use hv_cluster::{Error, Mutation};
 use hv_proto::v1;
 use hv_types::instance::{DiskSpec, Request};
-use hv_types::{ErrorCode, InstanceId, InstanceState, NodeId};
+use hv_types::{ErrorCode, InstanceId, InstanceState, NodeId, Resources};
 use tokio::task::JoinSet;
 
 use crate::world::{Server, asked, code, config, disk, keyed, node, report, until};
@@ -127,17 +127,53 @@ async fn a_name_moves_with_its_instance_and_is_never_anybody_else_s() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_given_up_is_there_for_others() {
+async fn what_is_given_up_is_there_for_others_once_the_node_has_taken_it_away() {
     let disk = disk();
     let server = Server::start(&disk.store, config("a")).await;
     server.add_node(node("n1", 4)).await;
-    let (id, _) = server.running(asked("web")).await;
+    let (id, n1) = server.running(asked("web")).await;
     update(&server, &id, cores(4)).await.unwrap();
     let waits = asked("waits");
     let waiting = waits.id.clone();
     server.create(waits).await.unwrap();
     assert_eq!(server.get(&waiting).await.node_id(), None);
     update(&server, &id, cores(1)).await.unwrap();
+    let shrunk = server.get(&id).await;
+    assert_eq!((shrunk.spec.cpu_cores, shrunk.resources().cpu_cores), (1, 4));
+    let mut said = report(&*shrunk, InstanceState::Running);
+    said.update_note = "cores wait".into();
+    server.report_one(&n1, said.clone()).await;
+    let noted = until("the note", async || {
+        Some(server.get(&id).await).filter(|record| !record.update_note.is_empty())
+    });
+    // Its guest has four cores until it starts anew.
+    assert_eq!(noted.await.resources().cpu_cores, 4);
+    assert_eq!(server.get(&waiting).await.node_id(), None);
+    said.update_note.clear();
+    server.report_one(&n1, said).await;
+    server.bound(&waiting).await;
+    assert_eq!(server.get(&id).await.resources().cpu_cores, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_made_smaller_and_as_large_again_needs_no_room() {
+    let disk = disk();
+    let server = Server::start(&disk.store, config("a")).await;
+    server.add_node(node("n1", 4)).await;
+    let (id, n1) = server.running(asked("web")).await;
+    update(&server, &id, cores(4)).await.unwrap();
+    let waits = asked("waits");
+    let waiting = waits.id.clone();
+    server.create(waits).await.unwrap();
+    update(&server, &id, cores(1)).await.unwrap();
+    update(&server, &id, cores(4)).await.unwrap();
+    assert_eq!(server.get(&id).await.holds, Resources::default());
+    assert_eq!(server.get(&waiting).await.node_id(), None);
+    update(&server, &id, cores(1)).await.unwrap();
+    let mut said = report(&*server.get(&id).await, InstanceState::Stopped);
+    said.update_note = "cores wait".into();
+    server.report_one(&n1, said).await;
+    // What does not run takes nothing away from others beyond what it is to have.
     server.bound(&waiting).await;
 }
 

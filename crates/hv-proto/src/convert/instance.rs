@@ -5,11 +5,13 @@ use std::sync::Arc;
 use hv_types::instance::{Binding, DEFAULT_PROJECT, FailoverPolicy, HealthCheck, Migration, StopOptions};
 use hv_types::{
     DiskSpec, Epoch, InstanceId, InstanceRecord, InstanceSpec, InstanceState, InstanceType, Invalid,
-    Metadata, NetworkSpec, PlacementRules, ResourceLimits, Revision, VolumeMount, Wanted, validate,
+    Metadata, NetworkSpec, PlacementRules, ResourceLimits, Resources, Revision, VolumeMount, Wanted,
+    validate,
 };
 
 use super::common::{
-    clamp_i32, clamp_i64, from_timestamp, labels_from, selector_from, to_timestamp, unsigned, unsigned_32,
+    clamp_i32, clamp_i64, from_timestamp, labels_from, resources_from, resources_to, selector_from,
+    to_timestamp, unsigned, unsigned_32,
 };
 use super::placement::{
     failover_policy_from, failover_policy_to, placement_from, placement_to, restart_policy_from,
@@ -403,6 +405,7 @@ pub fn instance_to_record(record: &InstanceRecord) -> store::InstanceRecord {
         update_note: record.update_note.clone(),
         migration_target: record.migration.as_ref().map(|m| m.target.to_string()).unwrap_or_default(),
         migration_id: record.migration.as_ref().map(|m| m.operation.clone()).unwrap_or_default(),
+        holds: (record.holds != Resources::default()).then(|| resources_to(record.holds)),
     }
 }
 
@@ -458,6 +461,7 @@ pub fn instance_from_record(
         restart_count: value.restart_count,
         recovery_note: value.recovery_note,
         update_note: value.update_note,
+        holds: value.holds.map(|holds| resources_from("holds", Some(holds))).transpose()?.unwrap_or_default(),
         migration,
         revision,
     })
