@@ -22,7 +22,7 @@ const PROGRAM: &str = "BENCH_DIRECT";
 /// Rounds with one container, unless `BENCH_ROUNDS` says otherwise.
 const ROUNDS: usize = 25;
 /// Rounds with many.
-const ROUNDS_OF_MANY: usize = 2;
+const ROUNDS_OF_MANY: usize = 5;
 /// How many are many; `BENCH_CONTAINERS` says otherwise.
 const MANY: u32 = 200;
 /// The most in one call.
