@@ -16,6 +16,7 @@ use hv_driver::{
     Capability, Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Exit, FenceTarget,
     Fingerprint, Handle, InstanceConfig, LogRequest, Observed, Result, Stats, StopMode, Updated,
 };
+use hv_machine::{Found, check_version, heard};
 use hv_types::instance::NetworkSpec;
 use hv_types::{ImageInfo, InstanceId, InstanceType};
 use parking_lot::Mutex;
@@ -60,14 +61,6 @@ pub struct ContainerdDriver {
     shared: Arc<Shared>,
     containers: Arc<Mutex<HashMap<InstanceId, Arc<Container>>>>,
     watched: OnceLock<()>,
-}
-
-/// What is there of an instance.
-enum Found {
-    Nothing,
-    /// Half created, or half deleted.
-    Part,
-    Whole(Arc<Container>),
 }
 
 impl Drop for ContainerdDriver {
@@ -135,37 +128,27 @@ impl ContainerdDriver {
         });
     }
 
-    fn find(&self, id: &InstanceId, operation: &'static str) -> Result<Found> {
+    fn find(&self, id: &InstanceId, operation: &'static str) -> Result<Found<Container>> {
         self.watch_daemon();
         let mut containers = self.containers.lock();
         if let Some(container) = containers.get(id) {
             return Ok(Found::Whole(container.clone()));
         }
         let dir = self.state.of(id);
-        if !dir.0.exists() {
+        if !dir.path.exists() {
             return Ok(Found::Nothing);
         }
         let Some(stored) = dir.read::<Stored>(CONFIG).map_err(|problem| problem.told(id, operation))? else {
             return Ok(Found::Part);
         };
-        if stored.version > Stored::VERSION {
-            let version = stored.version;
-            let reason = format!("it was made by a newer version of the agent ({version}); run that one");
-            return Err(DriverError::invalid(id, reason));
-        }
+        check_version(id, stored.version, Stored::VERSION)?;
         let container = Arc::new(Container::new(dir, stored, self.shared.clone()));
         containers.insert(id.clone(), container.clone());
         Ok(Found::Whole(container))
     }
 
     fn container(&self, id: &InstanceId, operation: &'static str) -> Result<Arc<Container>> {
-        match self.find(id, operation)? {
-            Found::Nothing => Err(DriverError::NotFound(id.clone())),
-            Found::Part => {
-                Err(DriverError::wrong_state(id, operation, "it was not completely created; create it again"))
-            }
-            Found::Whole(container) => Ok(container),
-        }
+        self.find(id, operation)?.whole(id, operation)
     }
 
     async fn live(&self, id: &InstanceId, operation: &'static str) -> Result<(Arc<Container>, Arc<Live>)> {
@@ -383,16 +366,7 @@ impl Driver for ContainerdDriver {
 
     fn events(&self) -> BoxStream<'static, DriverEvent> {
         self.watch_daemon();
-        stream::unfold(self.shared.events.subscribe(), |mut receiver| async {
-            loop {
-                match receiver.recv().await {
-                    Ok(event) => return Some((event, receiver)),
-                    Err(broadcast::error::RecvError::Lagged(_)) => {}
-                    Err(broadcast::error::RecvError::Closed) => return None,
-                }
-            }
-        })
-        .boxed()
+        heard(self.shared.events.subscribe())
     }
 
     fn health_turns(&self) -> BoxStream<'static, ()> {
@@ -421,8 +395,8 @@ impl Driver for ContainerdDriver {
             false => DriverError::failed(id, "console", problem),
         };
         let input = exec::console_input(&container).map_err(failed)?;
-        let output = output::console(&container.dir.0, live.ended.clone());
-        let output = output.map_err(Problem::file("read the log in", &container.dir.0)).map_err(failed)?;
+        let output = output::console(&container.dir.path, live.ended.clone());
+        let output = output.map_err(Problem::file("read the log in", &container.dir.path)).map_err(failed)?;
         Ok(Console { output, input })
     }
 
@@ -437,11 +411,11 @@ impl Driver for ContainerdDriver {
     async fn logs(&self, id: &InstanceId, request: LogRequest) -> Result<BoxStream<'static, Result<Bytes>>> {
         let container = self.container(id, "logs")?;
         let ended = container.live("logs").await?.map(|live| live.ended.clone());
-        let dir = container.dir.0.clone();
+        let dir = container.dir.path.clone();
         let read = tokio::task::spawn_blocking(move || output::logs(&dir, request, ended)).await;
         let outcome = read.unwrap_or_else(|panicked| Err(std::io::Error::other(panicked)));
         outcome.map_err(|e| {
-            DriverError::failed(id, "logs", Problem::file("read the log in", &container.dir.0)(e))
+            DriverError::failed(id, "logs", Problem::file("read the log in", &container.dir.path)(e))
         })
     }
 

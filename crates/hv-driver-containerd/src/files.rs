@@ -5,7 +5,6 @@
 //! complete, containerd's records too; a directory without it is half created or half deleted. `run.json` counts the
 //! starts, `exit.json` tells how the run of that number ended. The driver's own directories begin with a dot.
 
-use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::net::IpAddr;
@@ -14,9 +13,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hv_driver::{Exit, InstanceConfig};
+use hv_machine::files;
+pub(crate) use hv_machine::files::now_ms;
 use hv_types::InstanceId;
-use rustix::fs::{CWD, FileType, FlockOperation, Mode};
-use serde::de::DeserializeOwned;
+use rustix::fs::{CWD, FileType, Mode};
 use serde::{Deserialize, Serialize};
 
 use crate::image::ImageProcess;
@@ -76,42 +76,25 @@ pub(crate) struct StoredExit {
     pub(crate) is_cleared: bool,
 }
 
-pub(crate) fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}
-
 /// All instances.
 #[derive(Clone, Debug)]
 pub(crate) struct StateDir(pub(crate) PathBuf);
 
 impl StateDir {
     pub(crate) fn of(&self, id: &InstanceId) -> InstanceDir {
-        InstanceDir(self.0.join(id.as_str()))
+        InstanceDir(files::InstanceDir::at(self.0.join(id.as_str())))
     }
 
     /// Every instance of which something is there.
     pub(crate) fn list(&self) -> io::Result<Vec<InstanceId>> {
-        let entries = match fs::read_dir(&self.0) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            other => other?,
-        };
-        let mut ids = BTreeSet::new();
-        for entry in entries {
-            let entry = entry?;
-            let id = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            if let (Some(id), true) = (id, entry.file_type()?.is_dir()) {
-                ids.insert(id);
-            }
-        }
-        Ok(ids.into_iter().collect())
+        files::StateDir(self.0.clone()).list()
     }
 
     pub(crate) fn make(&self, id: &InstanceId) -> Outcome<InstanceDir> {
         let dir = self.of(id);
         fs::create_dir_all(&self.0).map_err(Problem::file("make", &self.0))?;
-        match fs::DirBuilder::new().mode(0o700).create(&dir.0) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(Problem::file("make", &dir.0)(e)),
+        match fs::DirBuilder::new().mode(0o700).create(&dir.path) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(Problem::file("make", &dir.path)(e)),
             _ => Ok(dir),
         }
     }
@@ -121,34 +104,26 @@ impl StateDir {
         let dir = self.of(id);
         // From here on it is half deleted, and another delete goes on with it.
         dir.remove(CONFIG)?;
-        match fs::remove_dir_all(&dir.0) {
+        match fs::remove_dir_all(&dir.path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other.map_err(Problem::file("remove", &dir.0)),
+            other => other.map_err(Problem::file("remove", &dir.path)),
         }
     }
 }
 
 /// One instance's directory.
-#[derive(Clone, Debug)]
-pub(crate) struct InstanceDir(pub(crate) PathBuf);
+#[derive(Debug)]
+pub(crate) struct InstanceDir(files::InstanceDir<Problem>);
+
+impl std::ops::Deref for InstanceDir {
+    type Target = files::InstanceDir<Problem>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
 
 impl InstanceDir {
-    pub(crate) fn file(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-
-    pub(crate) fn read<T: DeserializeOwned>(&self, name: &str) -> Outcome<Option<T>> {
-        let path = self.file(name);
-        match fs::read(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(Problem::file("read", &path)(e)),
-            Ok(bytes) => match serde_json::from_slice(&bytes) {
-                Ok(value) => Ok(Some(value)),
-                Err(e) => Err(Problem::Damaged(path, e)),
-            },
-        }
-    }
-
     /// Replaces a file as a whole. It outlives a crash of the agent; of the machine only with `is_durable`.
     pub(crate) fn write<T: Serialize>(&self, name: &str, value: &T, is_durable: bool) -> Outcome<()> {
         let (path, partial) = (self.file(name), self.file(&format!("{name}.partial")));
@@ -164,24 +139,9 @@ impl InstanceDir {
         write().map_err(Problem::file("write", &path))
     }
 
-    pub(crate) fn remove(&self, name: &str) -> Outcome<()> {
-        let path = self.file(name);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other.map_err(Problem::file("remove", &path)),
-        }
-    }
-
     /// The lock of a start, taken; `None` if another has it.
     pub(crate) fn try_lock(&self) -> Outcome<Option<File>> {
-        let path = self.file(LOCK);
-        let file = File::options().create(true).append(true).read(true).open(&path);
-        let file = file.map_err(Problem::file("open", &path))?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(file)),
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-            Err(e) => Err(Problem::file("lock", &path)(e.into())),
-        }
+        self.0.try_lock(LOCK)
     }
 }
 

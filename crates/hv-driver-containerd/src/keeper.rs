@@ -10,24 +10,15 @@ use std::process::ExitCode;
 
 /// The argument that asks for it.
 pub(crate) const ARGUMENT: &str = "container-log";
-/// The log.
-#[cfg(target_os = "linux")]
-pub(crate) const LOG: &str = "console.log";
-/// What `console.log` had before it was cut.
-#[cfg(target_os = "linux")]
-pub(crate) const LOG_OLD: &str = "console.log.1";
 /// When which part of the log was written.
 #[cfg(target_os = "linux")]
 pub(crate) const TIMES: &str = "console.times";
-/// The same of [`LOG_OLD`].
+/// The same of what it had before it was cut.
 #[cfg(target_os = "linux")]
 pub(crate) const TIMES_OLD: &str = "console.times.1";
 /// Held by the keeper for as long as it writes.
 #[cfg(target_os = "linux")]
 pub(crate) const LOCK: &str = "keeper.lock";
-/// How exactly times are kept, in milliseconds.
-#[cfg(target_os = "linux")]
-pub(crate) const TIMES_EVERY_MS: u64 = 100;
 
 /// Runs the keeper if this process was started to be one, and says how it ended. To be called first of all in `main`
 /// of a program that a driver names as its keeper.
@@ -72,9 +63,10 @@ mod linux {
     use std::sync::{Arc, Mutex, PoisonError};
     use std::time::{SystemTime, UNIX_EPOCH};
 
+    use hv_machine::log::{LOG, LOG_OLD, TIMES_EVERY_MS};
     use rustix::fs::FlockOperation;
 
-    use super::{LOCK, LOG, LOG_OLD, OsString, TIMES, TIMES_EVERY_MS, TIMES_OLD};
+    use super::{LOCK, OsString, TIMES, TIMES_OLD};
 
     /// Most bytes that are read at once.
     const PIECE_BYTES: usize = 32 << 10;

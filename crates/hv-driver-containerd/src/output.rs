@@ -1,88 +1,33 @@
 //! Reading what a container has printed: its log, its history, and what comes.
 
-use std::fs::{self, File};
-use std::io::{self, Read as _, Seek as _, SeekFrom};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::fs::{self, Metadata};
+use std::io;
+use std::path::Path;
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use hv_driver::{LogRequest, log};
-use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
-use tokio::io::unix::AsyncFd;
+use hv_machine::log::{Log, PIECE_BYTES, Places, Tail, Text, first_since};
+use hv_machine::notify::{Changes, Notify};
 use tokio::sync::watch;
 
-use crate::keeper::{LOG, LOG_OLD, TIMES, TIMES_EVERY_MS, TIMES_OLD};
+use crate::keeper::{TIMES, TIMES_OLD};
 
 /// How much of what was printed before a console shows, in bytes.
 pub(crate) const HISTORY_BYTES: u64 = 256 << 10;
-/// Most bytes that are handed on at once.
-const PIECE_BYTES: usize = 32 << 10;
-/// How often the log is looked at where the kernel has no more watches to give.
-const LOOK_INTERVAL: Duration = Duration::from_millis(50);
-/// How often a log that is being cut just now is opened anew.
-const MAX_TRIES: u32 = 16;
 
 /// What a stream of output gives.
 pub(crate) type Output = BoxStream<'static, hv_driver::Result<Bytes>>;
 
-/// A place in a log that goes on.
-struct Tail {
-    path: PathBuf,
-    /// `None`: nothing was ever printed.
-    file: Option<File>,
-    inode: u64,
-}
-
 /// All of a log that is asked for, and the place where it goes on.
 fn open(dir: &Path, want: Want) -> io::Result<(Vec<u8>, Tail)> {
-    let path = dir.join(LOG);
-    for _ in 0..MAX_TRIES {
-        // While both are held open neither a cut nor a second one takes away what they say, nor is an inode used again.
-        let old = open_if_there(&dir.join(LOG_OLD))?;
-        let file = open_if_there(&path)?;
-        let length = length_of(file.as_ref())?;
-        let (old_from, from) = want.places(dir, length_of(old.as_ref())?, length);
-        let is_cut = inode_at(&dir.join(LOG_OLD))? != inode_of(old.as_ref())?
-            || inode_at(&path)? != inode_of(file.as_ref())?;
-        if is_cut {
-            continue;
-        }
-        let mut history = Vec::new();
-        if let Some(from) = old_from {
-            read_from(old.as_ref(), from, &mut history)?;
-        }
-        read_from(file.as_ref(), from, &mut history)?;
-        // Before the first word, and in the middle of a cut, there is none: it goes on at the begin of the next.
-        let inode = inode_of(file.as_ref())?.unwrap_or_default();
-        return Ok((history, Tail { path, file, inode }));
-    }
-    Err(io::Error::other("the log is cut faster than it can be read"))
-}
-
-fn open_if_there(path: &Path) -> io::Result<Option<File>> {
-    match File::open(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        other => other.map(Some),
-    }
-}
-
-fn length_of(file: Option<&File>) -> io::Result<u64> {
-    file.map_or(Ok(0), |file| Ok(file.metadata()?.len()))
-}
-
-fn inode_of(file: Option<&File>) -> io::Result<Option<u64>> {
-    file.map(|file| Ok(file.metadata()?.ino())).transpose()
-}
-
-fn inode_at(path: &Path) -> io::Result<Option<u64>> {
-    match fs::metadata(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        other => other.map(|file| Some(file.ino())),
-    }
+    let places = |old: Option<&Metadata>, log: Option<&Metadata>| {
+        let length = |file: Option<&Metadata>| file.map_or(0, Metadata::len);
+        want.places(dir, length(old), length(log))
+    };
+    Log::new(dir).read(places).map(Text::joined)
 }
 
 /// Which part is wanted.
@@ -93,117 +38,39 @@ enum Want {
 }
 
 impl Want {
-    /// Where to begin in the old log, `None` for not at all, and in the present one; both of so many bytes.
-    fn places(self, dir: &Path, old: u64, length: u64) -> (Option<u64>, u64) {
+    /// Where to begin in the two files of a log, of so many bytes each.
+    fn places(self, dir: &Path, old: u64, length: u64) -> Places {
         match self {
-            Self::Recent(bytes) if bytes <= length => (None, length - bytes),
-            Self::Recent(bytes) => (Some(old.saturating_sub(bytes - length)), 0),
-            Self::Since(None) => (Some(0), 0),
+            Self::Recent(bytes) if bytes <= length => Places { old: None, log: length - bytes },
+            Self::Recent(bytes) => Places { old: Some(old.saturating_sub(bytes - length)), log: 0 },
+            Self::Since(None) => Places { old: Some(0), log: 0 },
             Self::Since(Some(since)) => {
-                let since = since.duration_since(UNIX_EPOCH).unwrap_or_default();
-                let since_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
                 let place = |name: &str| {
                     let times = fs::read_to_string(dir.join(name)).unwrap_or_default();
-                    first_since(&times, since_ms)
+                    first_since(notes(&times), since)
                 };
                 match place(TIMES_OLD) {
-                    Some(old) => (Some(old), 0),
-                    None => (None, place(TIMES).unwrap_or(length)),
+                    Some(old) => Places { old: Some(old), log: 0 },
+                    None => Places { old: None, log: place(TIMES).unwrap_or(length) },
                 }
             }
         }
     }
 }
 
-/// The place of the first output that may be as young as this. Every line is a time and the place from which on
-/// something was written then or within [`TIMES_EVERY_MS`].
-fn first_since(times: &str, since_ms: u64) -> Option<u64> {
-    let notes = times.lines().filter_map(|line| {
+/// What the keeper noted of when what was written: a time and a place on each line.
+fn notes(times: &str) -> impl Iterator<Item = (u64, u64)> {
+    times.lines().filter_map(|line| {
         let (time, place) = line.split_once(' ')?;
-        Some((time.parse::<u64>().ok()?, place.parse::<u64>().ok()?))
-    });
-    let mut young = notes.filter(|(time, _)| time.saturating_add(TIMES_EVERY_MS) >= since_ms);
-    young.next().map(|(_, place)| place)
-}
-
-fn read_from(file: Option<&File>, from: u64, bytes: &mut Vec<u8>) -> io::Result<()> {
-    let Some(mut file) = file else { return Ok(()) };
-    file.seek(SeekFrom::Start(from))?;
-    file.read_to_end(bytes)?;
-    Ok(())
-}
-
-impl Tail {
-    /// What has come since; empty for nothing.
-    fn more(&mut self) -> io::Result<Bytes> {
-        let mut piece = vec![0; PIECE_BYTES];
-        loop {
-            if let Some(file) = &mut self.file {
-                let length = file.read(&mut piece)?;
-                if length > 0 {
-                    piece.truncate(length);
-                    return Ok(piece.into());
-                }
-            }
-            // All is read: either that is all, or the log was cut and goes on in a new file.
-            let next = match File::open(&self.path) {
-                Ok(next) => next,
-                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Bytes::new()),
-                Err(e) => return Err(e),
-            };
-            let inode = next.metadata()?.ino();
-            if inode == self.inode {
-                return Ok(Bytes::new());
-            }
-            // What was written between the last read and the cut.
-            if let Some(file) = &mut self.file {
-                let length = file.read(&mut piece)?;
-                if length > 0 {
-                    piece.truncate(length);
-                    return Ok(piece.into());
-                }
-            }
-            (self.file, self.inode) = (Some(next), inode);
-        }
-    }
-}
-
-/// Tells when something changes in a directory.
-struct Notify(Option<AsyncFd<OwnedFd>>);
-
-impl Notify {
-    fn of(dir: &Path) -> Self {
-        let watch = || {
-            let fd = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
-            inotify::add_watch(&fd, dir, WatchFlags::MODIFY | WatchFlags::CREATE)?;
-            awaitable(fd)
-        };
-        // A machine has a bound on watches; without one the log is looked at from time to time.
-        Self(watch().ok())
-    }
-
-    async fn changed(&self) {
-        let Some(fd) = &self.0 else { return tokio::time::sleep(LOOK_INTERVAL).await };
-        let Ok(mut guard) = fd.readable().await else { return tokio::time::sleep(LOOK_INTERVAL).await };
-        let mut notices = [0u8; 4096];
-        while rustix::io::read(fd.get_ref(), &mut notices).is_ok() {}
-        guard.clear_ready();
-    }
-}
-
-#[expect(
-    deprecated,
-    reason = "its successor is unsafe because a type may give away its descriptor; OwnedFd does not"
-)]
-fn awaitable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    AsyncFd::new(fd)
+        Some((time.parse().ok()?, place.parse().ok()?))
+    })
 }
 
 /// A console's output: the history, then what comes, until the instance has ended.
 pub(crate) fn console(dir: &Path, ended: watch::Receiver<bool>) -> io::Result<Output> {
-    let notify = Notify::of(dir);
+    let changes = Changes::of(Notify::writes_in(dir));
     let (history, tail) = open(dir, Want::Recent(HISTORY_BYTES))?;
-    Ok(follow(history, tail, notify, ended))
+    Ok(follow(history, tail, changes, ended))
 }
 
 /// A log, as far as it is asked for. `ended`: when a log that is followed goes on no more; `None`: it does not.
@@ -212,13 +79,13 @@ pub(crate) fn logs(
     request: LogRequest,
     ended: Option<watch::Receiver<bool>>,
 ) -> io::Result<Output> {
-    let notify = Notify::of(dir);
+    let changes = Changes::of(Notify::writes_in(dir));
     let (mut text, tail) = open(dir, Want::Since(request.since))?;
     if let Some(lines) = request.tail_lines {
         text = text.split_off(text.len() - log::last_lines(&text, lines).len());
     }
     Ok(match ended.filter(|_| request.follow) {
-        Some(ended) => follow(text, tail, notify, ended),
+        Some(ended) => follow(text, tail, changes, ended),
         None => pieces(text.into()),
     })
 }
@@ -231,21 +98,21 @@ fn pieces(text: Bytes) -> Output {
     stream::unfold(text, cut).boxed()
 }
 
-fn follow(history: Vec<u8>, tail: Tail, notify: Notify, ended: watch::Receiver<bool>) -> Output {
+fn follow(history: Vec<u8>, tail: Tail, changes: Changes, ended: watch::Receiver<bool>) -> Output {
     struct State {
         tail: Tail,
-        notify: Notify,
+        changes: Changes,
         ended: watch::Receiver<bool>,
         is_over: bool,
     }
-    let state = State { tail, notify, ended, is_over: false };
+    let state = State { tail, changes, ended, is_over: false };
     let rest = stream::unfold(state, |mut state| async move {
         loop {
             match state.tail.more() {
                 Ok(piece) if !piece.is_empty() => return Some((Ok(piece), state)),
                 Ok(_) => {}
                 Err(error) => {
-                    tracing::warn!(%error, log = %state.tail.path.display(), "a log cannot be read");
+                    tracing::warn!(%error, log = %state.tail.path().display(), "a log cannot be read");
                     return None;
                 }
             }
@@ -255,7 +122,7 @@ fn follow(history: Vec<u8>, tail: Tail, notify: Notify, ended: watch::Receiver<b
             tokio::select! {
                 // What was printed last is read once more after the end.
                 _ = state.ended.wait_for(|ended| *ended) => state.is_over = true,
-                () = state.notify.changed() => {}
+                () = state.changes.changed() => {}
             }
         }
     });
@@ -264,8 +131,12 @@ fn follow(history: Vec<u8>, tail: Tail, notify: Notify, ended: watch::Receiver<b
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use hv_machine::log::{LOG, LOG_OLD};
+
     use super::*;
-    use crate::keeper::Log;
+    use crate::keeper;
 
     #[test]
     fn since_gives_never_less_than_was_asked_for() {
@@ -279,7 +150,8 @@ mod tests {
             (5101, None),
         ];
         for (since, expected) in cases {
-            assert_eq!(first_since(times, since), expected, "{since}");
+            let at = SystemTime::UNIX_EPOCH + Duration::from_millis(since);
+            assert_eq!(first_since(notes(times), at), expected, "{since}");
         }
     }
 
@@ -300,7 +172,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().to_owned();
         let writer = std::thread::spawn(move || {
-            let mut log = Log::open(path, 4096).unwrap();
+            let mut log = keeper::Log::open(path, 4096).unwrap();
             for line in 0..LINES {
                 log.write(format!("{line:07}\n").as_bytes()).unwrap();
             }

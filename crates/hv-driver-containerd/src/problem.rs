@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use containerd_client::tonic::{Code, Status};
 use hv_driver::DriverError;
+use hv_machine::files::FileProblem;
 use hv_types::InstanceId;
 
 use crate::NAME;
@@ -133,6 +134,16 @@ fn chain(error: &(dyn std::error::Error + 'static)) -> String {
         next = error.source();
     }
     text
+}
+
+impl FileProblem for Problem {
+    fn failed(action: &'static str, path: &Path, source: std::io::Error) -> Self {
+        Self::file(action, path)(source)
+    }
+
+    fn damaged(path: PathBuf, source: serde_json::Error) -> Self {
+        Self::Damaged(path, source)
+    }
 }
 
 pub(crate) type Outcome<T> = std::result::Result<T, Problem>;

@@ -1,8 +1,8 @@
 //! A container's first process, named by a pidfd so that a pid that is used again means nothing.
 
-use std::io;
 use std::os::fd::OwnedFd;
 
+use hv_machine::notify::awaitable;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::unix::AsyncFd;
 
@@ -14,14 +14,6 @@ use crate::problem::{Outcome, Problem};
 pub(crate) struct Process {
     pub(crate) pid: i32,
     fd: AsyncFd<OwnedFd>,
-}
-
-#[expect(
-    deprecated,
-    reason = "its successor is unsafe because a type may give away its descriptor; OwnedFd does not"
-)]
-fn awaitable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    AsyncFd::new(fd)
 }
 
 impl Process {

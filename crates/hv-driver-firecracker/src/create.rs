@@ -7,7 +7,7 @@ use hv_types::{DiskSpec, InstanceSpec, ResourceLimits};
 
 use crate::FirecrackerOptions;
 use crate::disks;
-use crate::files::{CONFIG, INITRD, InstanceDir, KERNEL, StateDir, Stored, StoredDisk};
+use crate::files::{CONFIG, DIR_MODE, INITRD, InstanceDir, KERNEL, StateDir, Stored, StoredDisk};
 use crate::images::Boot;
 use crate::jail;
 use crate::problem::{Outcome, Problem};
@@ -98,7 +98,7 @@ pub(crate) fn check(spec: &InstanceSpec, boot_disk_bytes: Option<u64>) -> Result
 
 /// Makes everything anew that an earlier attempt may have left in part, and marks it complete.
 pub(crate) fn prepare(state: &StateDir, config: &InstanceConfig, boot: &Boot, uid: u32) -> Outcome<()> {
-    let path = state.make(&config.id)?;
+    let path = state.make(&config.id, DIR_MODE)?;
     let dir = InstanceDir::open(path.clone()).map_err(Problem::file("open", &path))?;
     let root = jail::make_root(&dir, &config.id)?;
     disks::copy(&boot.kernel, &root.join(KERNEL), 0)?;

@@ -5,21 +5,21 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::StreamExt as _;
-use futures::stream::{self, BoxStream};
+use futures::stream::BoxStream;
 use hv_driver::{
     Capability, Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Exit, FenceTarget,
     Fingerprint, Handle, InstanceConfig, LogRequest, Observed, Result, SnapshotInfo, SnapshotRequest, Stats,
-    StopMode, Updated, log,
+    StopMode, Updated,
 };
+use hv_machine::log::Log;
+use hv_machine::{Found, check_version, console, heard};
 use hv_types::{ImageInfo, InstanceId, InstanceType};
 use parking_lot::Mutex;
 use serde_json::Value;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
-use crate::console::{self, History};
-use crate::files::{CONFIG, InstanceDir, LOCK, StateDir, Stored};
+use crate::files::{CONFIG, InstanceDir, LOCK, StateDir, Stored, root_of};
 use crate::images::Images;
 use crate::machine::{Live, Machine, Shared};
 use crate::platform::Platform;
@@ -58,14 +58,6 @@ pub struct FirecrackerDriver {
     uids: Mutex<Option<BTreeSet<u32>>>,
 }
 
-/// What is there of an instance.
-enum Found {
-    Nothing,
-    /// Half created, or half deleted.
-    Part,
-    Whole(Arc<Machine>),
-}
-
 impl Drop for FirecrackerDriver {
     fn drop(&mut self) {
         self.shared.cancelled.cancel();
@@ -101,7 +93,7 @@ impl FirecrackerDriver {
     pub fn vsock_path(&self, id: &InstanceId) -> Option<std::path::PathBuf> {
         let path = self.state.of(id);
         let dir = InstanceDir::open(path).ok()?;
-        Some(dir.root(id).join(crate::files::VSOCK_SOCKET))
+        Some(root_of(&dir, id).join(crate::files::VSOCK_SOCKET))
     }
 
     /// Takes so many bytes from a guest that has a balloon driver, rounded down to whole MiB; 0 gives all back.
@@ -132,7 +124,7 @@ impl FirecrackerDriver {
         self.shared.options.use_jailer && rustix::process::geteuid().is_root()
     }
 
-    fn find(&self, id: &InstanceId, operation: &'static str) -> Result<Found> {
+    fn find(&self, id: &InstanceId, operation: &'static str) -> Result<Found<Machine>> {
         let mut machines = self.machines.lock();
         if let Some(machine) = machines.get(id) {
             return Ok(Found::Whole(machine.clone()));
@@ -148,24 +140,14 @@ impl FirecrackerDriver {
         };
         let stored = dir.read::<Stored>(CONFIG).map_err(|e| DriverError::failed(id, operation, e))?;
         let Some(stored) = stored else { return Ok(Found::Part) };
-        if stored.version > Stored::VERSION {
-            let reason =
-                format!("it was made by a newer version of the agent ({}); run that one", stored.version);
-            return Err(DriverError::invalid(id, reason));
-        }
+        check_version(id, stored.version, Stored::VERSION)?;
         let machine = Arc::new(Machine::new(dir, stored, self.shared.clone()));
         machines.insert(id.clone(), machine.clone());
         Ok(Found::Whole(machine))
     }
 
     fn machine(&self, id: &InstanceId, operation: &'static str) -> Result<Arc<Machine>> {
-        match self.find(id, operation)? {
-            Found::Nothing => Err(DriverError::NotFound(id.clone())),
-            Found::Part => {
-                Err(DriverError::wrong_state(id, operation, "it was not completely created; create it again"))
-            }
-            Found::Whole(machine) => Ok(machine),
-        }
+        self.find(id, operation)?.whole(id, operation)
     }
 
     async fn live(&self, id: &InstanceId, operation: &'static str) -> Result<(Arc<Machine>, Arc<Live>)> {
@@ -181,8 +163,7 @@ impl FirecrackerDriver {
         let mut known = self.uids.lock();
         if known.is_none() {
             let ids = self.state.list().map_err(Problem::file("read", &self.state.0))?;
-            let stored =
-                |id: &InstanceId| InstanceDir { path: self.state.of(id) }.read::<Stored>(CONFIG).ok()?;
+            let stored = |id: &InstanceId| InstanceDir::at(self.state.of(id)).read::<Stored>(CONFIG).ok()?;
             *known = Some(ids.iter().filter_map(stored).map(|stored| stored.uid).collect());
         }
         let in_use = known.get_or_insert_default();
@@ -201,7 +182,7 @@ impl FirecrackerDriver {
 
     async fn remove(&self, id: &InstanceId) -> Result<()> {
         let (state, owned) = (self.state.clone(), id.clone());
-        let removal = tokio::task::spawn_blocking(move || {
+        let removal = tokio::task::spawn_blocking(move || -> Outcome<()> {
             jail::remove_cgroups(&owned);
             state.remove(&owned)
         });
@@ -228,7 +209,7 @@ impl Driver for FirecrackerDriver {
 
     async fn fingerprint(&self) -> Fingerprint {
         let (healthy, version, message) = match self.platform().await {
-            Ok(platform) => match writable(&self.state) {
+            Ok(platform) => match self.state.check_writable() {
                 Ok(()) => (true, platform.version.clone(), platform.message.clone()),
                 Err(reason) => (false, platform.version.clone(), reason),
             },
@@ -333,16 +314,7 @@ impl Driver for FirecrackerDriver {
     }
 
     fn events(&self) -> BoxStream<'static, DriverEvent> {
-        stream::unfold(self.shared.events.subscribe(), |mut receiver| async {
-            loop {
-                match receiver.recv().await {
-                    Ok(event) => return Some((event, receiver)),
-                    Err(broadcast::error::RecvError::Lagged(_)) => {}
-                    Err(broadcast::error::RecvError::Closed) => return None,
-                }
-            }
-        })
-        .boxed()
+        heard(self.shared.events.subscribe())
     }
 
     async fn stats(&self, id: &InstanceId) -> Result<Stats> {
@@ -352,8 +324,8 @@ impl Driver for FirecrackerDriver {
     async fn console(&self, id: &InstanceId) -> Result<Console> {
         let (_, live) = self.live(id, "console").await?;
         let ended = || DriverError::wrong_state(id, "console", "it has just ended; start it first");
-        let attached = live.console.attach(History::Recent).await.ok_or_else(ended)?;
-        Ok(Console { output: console::stream_of(attached), input: live.console.keyboard() })
+        let output = live.console.view().await.ok_or_else(ended)?;
+        Ok(Console { output, input: live.console.keyboard() })
     }
 
     async fn exec(&self, id: &InstanceId, _request: ExecRequest) -> Result<Exec> {
@@ -363,20 +335,11 @@ impl Driver for FirecrackerDriver {
 
     async fn logs(&self, id: &InstanceId, request: LogRequest) -> Result<BoxStream<'static, Result<Bytes>>> {
         let machine = self.machine(id, "logs")?;
-        let cut = |mut text: Vec<u8>| match request.tail_lines {
-            Some(lines) => text.split_off(text.len() - log::last_lines(&text, lines).len()),
-            None => text,
-        };
-        if request.follow
-            && let Some(live) = machine.live("logs").await?
-            && let Some(mut attached) = live.console.attach(History::All).await
-        {
-            attached.history = cut(attached.history);
-            return Ok(console::stream_of(attached));
-        }
-        let text = console::printed(&machine.dir).map_err(|e| DriverError::failed(id, "logs", e))?;
-        let text = cut(text);
-        Ok(stream::iter((!text.is_empty()).then(|| Ok(Bytes::from(text)))).boxed())
+        // Whoever follows must know whether it runs.
+        let live = if request.follow { machine.live("logs").await? } else { machine.up_now() };
+        let hub = live.as_ref().map(|live| &live.console);
+        let logs = console::logs(&Log::new(&machine.dir.path), hub, request).await;
+        logs.map_err(|e| DriverError::failed(id, "logs", e))
     }
 
     async fn display(&self, id: &InstanceId) -> Result<Display> {
@@ -424,17 +387,4 @@ impl Driver for FirecrackerDriver {
         self.make_clone(source, name, config).await?;
         Ok(handle())
     }
-}
-
-/// Whether instances can be made here. The error says what to do.
-fn writable(state: &StateDir) -> std::result::Result<(), String> {
-    let check = || -> Outcome<()> {
-        std::fs::create_dir_all(&state.0).map_err(Problem::file("make", &state.0))?;
-        let access = rustix::fs::access(&state.0, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK);
-        access.map_err(|e| Problem::file("write to", &state.0)(e.into()))
-    };
-    check().map_err(|problem| {
-        let cause = std::error::Error::source(&problem).map(ToString::to_string).unwrap_or_default();
-        format!("{problem}: {cause}; correct the agent's state directory or its permissions")
-    })
 }

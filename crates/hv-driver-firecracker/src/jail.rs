@@ -16,7 +16,7 @@ use tokio::process::Command;
 use crate::FirecrackerOptions;
 use crate::files::{
     API_SOCKET, INITRD, InstanceDir, KERNEL, LOG, METRICS, Stored, VSOCK_SOCKET, jail_id, remove_file,
-    remove_tree,
+    remove_tree, root_of,
 };
 use crate::platform::Platform;
 use crate::problem::{Outcome, Problem};
@@ -32,7 +32,7 @@ const MAX_BODY_BYTES: usize = 6 * hv_types::instance::spec::MAX_USER_DATA_BYTES 
 
 /// Makes the root where the jailer will look for it.
 pub(crate) fn make_root(dir: &InstanceDir, id: &InstanceId) -> Outcome<PathBuf> {
-    let root = dir.root(id);
+    let root = root_of(dir, id);
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&root);
     made.map_err(Problem::file("make", &root))?;
     Ok(root)
@@ -42,12 +42,12 @@ pub(crate) fn make_root(dir: &InstanceDir, id: &InstanceId) -> Outcome<PathBuf> 
 pub(crate) fn prepare_root(dir: &InstanceDir, stored: &Stored, platform: &Platform) -> Outcome<PathBuf> {
     let id = &stored.config.id;
     let wanted = dir.file("jail").join(platform.exec_name());
-    let root = dir.root(id);
+    let root = root_of(dir, id);
     let present = root.ancestors().nth(2).unwrap_or(&root).to_owned();
     if present != wanted {
         fs::rename(&present, &wanted).map_err(Problem::file("rename", &present))?;
     }
-    let root = dir.root(id);
+    let root = root_of(dir, id);
     // The jailer refuses to make devices that are there. A vsock's socket that is there fails the load of a snapshot.
     for name in ["dev", "run", "proc", "sys"] {
         remove_tree(&root.join(name))?;

@@ -6,10 +6,12 @@
 
 use std::fs::File;
 use std::io::{self, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bytes::Bytes;
 use rustix::fs::{Mode, OFlags};
+use tokio::sync::mpsc;
 
 /// How long the guest may take to accept input before the rest of it is dropped.
 const INPUT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -18,8 +20,17 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(10);
 /// The largest piece that a pipe takes whole or not at all (`PIPE_BUF`, pipe(7)).
 const PIECE_BYTES: usize = 4096;
 
+/// Types what the viewers type, in turn.
+pub(crate) async fn pass_on(lock: PathBuf, mut typed: mpsc::Receiver<Bytes>) {
+    while let Some(bytes) = typed.recv().await {
+        if let Err(error) = write(&lock, &bytes).await {
+            tracing::debug!(%error, lock = %lock.display(), "input was dropped");
+        }
+    }
+}
+
 /// Types.
-pub(crate) async fn write(lock: &Path, bytes: &[u8]) -> io::Result<()> {
+async fn write(lock: &Path, bytes: &[u8]) -> io::Result<()> {
     let deadline = tokio::time::Instant::now() + INPUT_TIMEOUT;
     for piece in bytes.chunks(PIECE_BYTES) {
         loop {

@@ -38,8 +38,6 @@ mod machine;
 #[cfg(target_os = "linux")]
 mod metrics;
 #[cfg(target_os = "linux")]
-mod notify;
-#[cfg(target_os = "linux")]
 mod platform;
 #[cfg(target_os = "linux")]
 mod problem;

@@ -15,6 +15,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use hv_driver::{DriverError, DriverEvent, Exit, Observed, Running};
+use hv_machine::console::{ConsoleHub, end_of};
+use hv_machine::process::Process;
 use hv_types::InstanceId;
 use parking_lot::Mutex;
 use tokio::process::Child;
@@ -24,12 +26,12 @@ use tokio_util::sync::CancellationToken;
 use crate::FirecrackerOptions;
 use crate::api::Api;
 use crate::api::types::{State, VmState};
-use crate::console::{ConsoleHub, end_of};
+use crate::console;
 use crate::exit;
-use crate::files::{EXIT, HELD, InstanceDir, OfRun, RUN, Stored, StoredExit, StoredRun};
+use crate::files::{EXIT, HELD, InstanceDir, OfRun, RUN, Stored, StoredExit, StoredRun, root_of};
 use crate::metrics::Sums;
 use crate::problem::{Outcome, Problem};
-use crate::process::{Process, try_lock};
+use crate::process::{self, try_lock};
 use crate::snapshot;
 
 mod start;
@@ -143,7 +145,7 @@ impl Machine {
 
     /// Where its VMM lives.
     pub(crate) fn root(&self) -> PathBuf {
-        self.dir.root(&self.id)
+        root_of(&self.dir, &self.id)
     }
 
     /// The running machine, if it runs.
@@ -156,7 +158,7 @@ impl Machine {
     }
 
     /// As far as is known.
-    fn up_now(&self) -> Option<Arc<Live>> {
+    pub(crate) fn up_now(&self) -> Option<Arc<Live>> {
         match &*self.phase.lock() {
             Phase::Up(live) => Some(live.clone()),
             Phase::Unknown | Phase::Down(_) => None,
@@ -188,12 +190,12 @@ impl Machine {
     /// Takes over a VMM that somebody else started. `false` if it ended meanwhile, or was of no use.
     async fn adopt(self: &Arc<Self>, operation: &'static str) -> Done<bool> {
         let failed = self.failed(operation);
-        let Some(process) = Process::find(&self.dir).await.map_err(&failed)? else { return Ok(false) };
+        let Some(process) = process::find(&self.dir).await.map_err(&failed)? else { return Ok(false) };
         let run = self.dir.read::<StoredRun>(RUN).map_err(&failed)?.unwrap_or_default();
         let found = self.state_of_found(&process).await;
         if found == Some(State::NotStarted) {
             tracing::info!(instance = %self.id, pid = process.pid, "ends a VMM whose start was cut short");
-            process.kill().map_err(&failed)?;
+            process.kill().map_err(Problem::Process).map_err(&failed)?;
             if tokio::time::timeout(KILL_TIMEOUT, process.ended(None)).await.is_err() {
                 return Err(self.too_slow(operation, KILL_TIMEOUT));
             }
@@ -249,7 +251,7 @@ impl Machine {
         let sums = tokio::sync::Mutex::new(Sums::load(&self.dir, run.number)?);
         let live = Arc::new(Live {
             process,
-            console: ConsoleHub::start(self.dir.clone(), ended.clone(), cancelled.clone()),
+            console: console::follow(&self.dir, ended.clone(), cancelled.clone()),
             root: self.root(),
             run,
             sums,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, SystemTime};
 
+use hv_machine::kvm;
 use tokio::process::Command;
 
 use crate::FirecrackerOptions;
@@ -38,7 +39,7 @@ impl Platform {
         let binary = found
             .canonicalize()
             .map_err(|e| format!("firecracker is not at {}: {e}; {INSTALL}", found.display()))?;
-        check_kvm(&options.kvm)?;
+        kvm::check(&options.kvm)?;
         let version = version(&binary).await?;
         let is_root = rustix::process::geteuid().is_root();
         let (jailer, message) = match (options.use_jailer, is_root) {
@@ -84,20 +85,6 @@ fn jailer(options: &FirecrackerOptions, binary: &Path) -> Result<PathBuf, String
         Some(path) => Err(format!("the jailer is not at {}; {INSTALL}", path.display())),
         None => Err(format!(
             "there is no jailer; {INSTALL}; drivers.firecracker.use_jailer: false runs VMMs unconfined"
-        )),
-    }
-}
-
-fn check_kvm(device: &Path) -> Result<(), String> {
-    match fs::OpenOptions::new().read(true).write(true).open(device) {
-        Ok(_) => Ok(()),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Err(format!(
-            "there is no {}; enable virtualisation in the firmware and load kvm_intel or kvm_amd",
-            device.display()
-        )),
-        Err(e) => Err(format!(
-            "{} cannot be opened ({e}); run the agent as root, or add its user to the group kvm",
-            device.display()
         )),
     }
 }

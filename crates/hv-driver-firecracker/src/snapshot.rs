@@ -25,7 +25,7 @@ use crate::boot::After;
 use crate::disks;
 use crate::files::{
     INITRD, InstanceDir, KERNEL, LOAD_MEMORY, LOAD_STATE, RESTORE, SNAPSHOTS, Stored, StoredDisk,
-    remove_file, remove_tree, settle,
+    remove_file, remove_tree, root_of, settle,
 };
 use crate::problem::{Outcome, Problem};
 
@@ -94,7 +94,7 @@ impl Restore {
 /// The note, carried out as far as files go. `None`: the next start boots.
 pub(crate) fn pending(dir: &InstanceDir, stored: &Stored) -> Outcome<Option<Restore>> {
     let Some(restore) = dir.read::<Restore>(RESTORE)? else {
-        let root = dir.root(&stored.config.id);
+        let root = root_of(dir, &stored.config.id);
         remove_file(&root.join(LOAD_MEMORY))?;
         remove_file(&root.join(LOAD_STATE))?;
         return Ok(None);
@@ -104,7 +104,7 @@ pub(crate) fn pending(dir: &InstanceDir, stored: &Stored) -> Outcome<Option<Rest
         dir.remove(RESTORE)?;
         return Ok(None);
     };
-    lay_out(&path_of(dir, name), &meta, &dir.root(&stored.config.id))?;
+    lay_out(&path_of(dir, name), &meta, &root_of(dir, &stored.config.id))?;
     if meta.memory {
         return Ok(Some(restore));
     }
@@ -152,7 +152,7 @@ pub(crate) fn read(dir: &InstanceDir, name: &str) -> Outcome<Option<Meta>> {
     if !path.is_dir() {
         return Ok(None);
     }
-    InstanceDir { path }.read::<Meta>(META)
+    InstanceDir::at(path).read::<Meta>(META)
 }
 
 /// Whole ones, oldest first.
@@ -204,7 +204,7 @@ pub(crate) fn lay_out_clone(
     target: (&InstanceDir, &InstanceId),
 ) -> Outcome<()> {
     let root = crate::jail::make_root(target.0, target.1)?;
-    let source_root = source.0.root(source.1);
+    let source_root = root_of(source.0, source.1);
     disks::copy(&source_root.join(KERNEL), &root.join(KERNEL), 0)?;
     if meta.has_initrd {
         disks::copy(&source_root.join(INITRD), &root.join(INITRD), 0)?;

@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use hv_driver::{DiskFormat, InstanceConfig, Storage};
+use hv_machine::images::{Base, Boot};
+use hv_machine::seed;
 use hv_types::instance::spec::Firmware;
 use hv_types::{DiskSpec, InstanceSpec};
 
-use crate::domain::{MAX_CORES, format_name};
-use crate::files::{CONFIG, InstanceDir, LOCK, SEED, StateDir, Stored, StoredDisk, settle, sync_dir, write_atomically};
-use crate::images::{Base, Boot};
+use crate::domain::MAX_CORES;
+use crate::files::{CONFIG, DIR_MODE, InstanceDir, LOCK, SEED, StateDir, Stored, StoredDisk, settle, write_atomically};
 use crate::node::Node;
 use crate::problem::{Outcome, Problem};
-use crate::seed;
 
 /// How much of a serial number virtio-blk passes on (virtio 1.2, 5.2.6: `VIRTIO_BLK_ID_BYTES`).
 const MAX_SERIAL_BYTES: usize = 20;
@@ -85,8 +85,8 @@ pub(crate) struct Plan<'a> {
 /// Makes everything anew that an earlier attempt may have left in part, and marks it complete.
 pub(crate) async fn prepare(state: &StateDir, plan: &Plan<'_>, node: &Node) -> Outcome<Stored> {
     let config = plan.config;
-    let path = state.make(&config.id)?;
-    let dir = InstanceDir { path };
+    let path = state.make(&config.id, DIR_MODE)?;
+    let dir = InstanceDir::at(path);
     dir.touch(LOCK, 0o600)?;
     std::os::unix::fs::chown(dir.file(LOCK), Some(node.owner.0), Some(node.owner.1))
         .map_err(Problem::file("hand over", &dir.file(LOCK)))?;
@@ -118,7 +118,7 @@ pub(crate) async fn prepare(state: &StateDir, plan: &Plan<'_>, node: &Node) -> O
     }
     if plan.boot.disk.is_some() || !config.spec.user_data.is_empty() {
         let path = dir.file(SEED);
-        let volume = seed::volume(config).map_err(Problem::file("make", &path))?;
+        let volume = seed::volume(&config.id, &config.name, &config.spec.user_data).map_err(Problem::file("make", &path))?;
         write_atomically(&path, &volume)?;
         disks.push(StoredDisk {
             name: "cidata".to_owned(),
@@ -221,13 +221,12 @@ pub(crate) async fn make_disk(disk: &StoredDisk) -> Outcome<()> {
     let mut command = tokio::process::Command::new("qemu-img");
     command.args(["create", "-q", "-f", "qcow2"]);
     if let Some((base, format)) = &disk.base {
-        command.arg("-b").arg(base).args(["-F", format_name(*format)]);
+        command.arg("-b").arg(base).args(["-F", format.name()]);
     }
     command.arg(&partial).arg(disk.size_bytes.to_string());
     run_tool(command, "qemu-img").await?;
     fs::File::open(&partial).and_then(|file| file.sync_all()).map_err(Problem::file("flush", &partial))?;
-    settle(&partial, &disk.path)?;
-    disk.path.parent().map_or(Ok(()), sync_dir)
+    settle(&partial, &disk.path)
 }
 
 /// Runs a tool to its end.

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use hv_driver::DiskFormat;
 use hv_types::instance::spec::Firmware;
 
 use crate::emulator::{LOCK_VARIABLE, PERMIT_VARIABLE};
@@ -155,24 +154,17 @@ fn devices(stored: &Stored, dir: &InstanceDir, node: &Node) -> Element {
     devices
 }
 
-pub(crate) fn format_name(format: DiskFormat) -> &'static str {
-    match format {
-        DiskFormat::Qcow2 => "qcow2",
-        DiskFormat::Raw => "raw",
-    }
-}
-
 /// A disk. What it is laid over is told too, so that nobody has to believe its header.
 pub(crate) fn disk(disk: &StoredDisk) -> Element {
     let source = |path: &Path| Element::new("source").with("file", path.display());
-    let driver = Element::new("driver").with("name", "qemu").with("type", format_name(disk.format));
+    let driver = Element::new("driver").with("name", "qemu").with("type", disk.format.name());
     let driver = if disk.read_only { driver } else { driver.with("discard", "unmap") };
     let end = Element::new("backingStore");
     let below = match &disk.base {
         None => end,
         Some((path, format)) => Element::new("backingStore")
             .with("type", "file")
-            .child(Element::new("format").with("type", format_name(*format)))
+            .child(Element::new("format").with("type", format.name()))
             .child(source(path))
             .child(end),
     };

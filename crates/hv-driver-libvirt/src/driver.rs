@@ -4,18 +4,17 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::StreamExt as _;
-use futures::stream::{self, BoxStream};
+use futures::stream::BoxStream;
 use hv_driver::{
     Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Exit, FenceTarget, Fingerprint,
     Handle, Incoming, IncomingRequest, InstanceConfig, LogRequest, MigrateRequest, MigrationStatus, Observed,
-    Result, SnapshotInfo, SnapshotRequest, Stats, StopMode, Updated, log,
+    Result, SnapshotInfo, SnapshotRequest, Stats, StopMode, Updated,
 };
+use hv_machine::{console, heard};
 use hv_types::{ImageInfo, InstanceId, InstanceType};
 use serde_json::Value;
-use tokio::sync::broadcast;
 
-use crate::console::{self, History};
+use crate::console::log_of;
 use crate::files::VNC_SOCKET;
 use crate::inner::{Found, Inner};
 use crate::machine::{Seen, fence_target};
@@ -158,16 +157,7 @@ impl Driver for LibvirtDriver {
     }
 
     fn events(&self) -> BoxStream<'static, DriverEvent> {
-        stream::unfold(self.inner.shared.events.subscribe(), |mut receiver| async {
-            loop {
-                match receiver.recv().await {
-                    Ok(event) => return Some((event, receiver)),
-                    Err(broadcast::error::RecvError::Lagged(_)) => {}
-                    Err(broadcast::error::RecvError::Closed) => return None,
-                }
-            }
-        })
-        .boxed()
+        heard(self.inner.shared.events.subscribe())
     }
 
     fn health_turns(&self) -> BoxStream<'static, ()> {
@@ -251,8 +241,8 @@ impl Driver for LibvirtDriver {
     async fn console(&self, id: &InstanceId) -> Result<Console> {
         let live = self.inner.machine(id, "console")?.running("console").await?;
         let ended = || DriverError::wrong_state(id, "console", "it has just ended; start it first");
-        let attached = live.console.attach(History::Recent).await.ok_or_else(ended)?;
-        Ok(Console { output: console::stream_of(attached), input: live.console.keyboard() })
+        let output = live.console.view().await.ok_or_else(ended)?;
+        Ok(Console { output, input: live.console.keyboard() })
     }
 
     async fn exec(&self, id: &InstanceId, request: ExecRequest) -> Result<Exec> {
@@ -266,20 +256,11 @@ impl Driver for LibvirtDriver {
 
     async fn logs(&self, id: &InstanceId, request: LogRequest) -> Result<BoxStream<'static, Result<Bytes>>> {
         let machine = self.inner.machine(id, "logs")?;
-        let cut = |mut text: Vec<u8>| match request.tail_lines {
-            Some(lines) => text.split_off(text.len() - log::last_lines(&text, lines).len()),
-            None => text,
-        };
-        if request.follow
-            && let Ok(live) = machine.running("logs").await
-            && let Some(mut attached) = live.console.attach(History::All).await
-        {
-            attached.history = cut(attached.history);
-            return Ok(console::stream_of(attached));
-        }
-        let text = console::printed(&machine.dir).map_err(|e| DriverError::failed(id, "logs", e))?;
-        let text = cut(text);
-        Ok(stream::iter((!text.is_empty()).then(|| Ok(Bytes::from(text)))).boxed())
+        // Whoever follows must know whether it runs.
+        let live = if request.follow { machine.running("logs").await.ok() } else { machine.known_live() };
+        let hub = live.as_ref().map(|live| &live.console);
+        let logs = console::logs(&log_of(&machine.dir), hub, request).await;
+        logs.map_err(|e| DriverError::failed(id, "logs", e))
     }
 
     async fn display(&self, id: &InstanceId) -> Result<Display> {

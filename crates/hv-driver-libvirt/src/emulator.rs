@@ -68,7 +68,8 @@ pub(crate) fn install(path: &Path, qemu: &Path) -> Outcome<()> {
         partial.as_file().sync_all()
     };
     write().map_err(Problem::file("write", path))?;
-    partial.persist(path).map(drop).map_err(|e| Problem::file("rename", path)(e.error))
+    // Closed before it has its name: what is open for writing cannot be run.
+    partial.into_temp_path().persist(path).map_err(|e| Problem::file("rename", path)(e.error))
 }
 
 #[cfg(test)]

@@ -5,18 +5,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hv_driver::{Capability, DriverError, Fingerprint, IncomingRequest, InstanceConfig, Result, Storage};
+pub(crate) use hv_machine::Found;
+use hv_machine::check_version;
+use hv_machine::images::Images;
 use hv_types::InstanceId;
 use parking_lot::Mutex;
 use tokio::sync::broadcast;
 
 use crate::create::{self, Plan, USER_NETWORK};
 use crate::daemon::Daemon;
-use crate::files::{CONFIG, InstanceDir, MAX_STATE_DIR_BYTES, MIGRATION, StateDir, Stored, StoredMigration, StoredPhase, remove_tree};
-use crate::images::Images;
+use crate::files::{CONFIG, DIR_MODE, InstanceDir, MAX_STATE_DIR_BYTES, MIGRATION, StateDir, Stored, StoredMigration, StoredPhase, remove_tree};
 use crate::link::Link;
 use crate::machine::{Machine, Shared};
 use crate::node::Node;
-use crate::problem::Problem;
+use crate::problem::{Outcome, Problem};
 use crate::stats::StatsCache;
 use crate::{LibvirtOptions, NAME, watch};
 
@@ -52,14 +54,6 @@ pub(crate) struct Inner {
     pub(crate) machines: Mutex<HashMap<InstanceId, Arc<Machine>>>,
     node: tokio::sync::Mutex<KnownNode>,
     pub(crate) stats: StatsCache,
-}
-
-/// What is there of an instance.
-pub(crate) enum Found {
-    Nothing,
-    /// Half created, or half deleted.
-    Part,
-    Whole(Arc<Machine>),
 }
 
 impl Inner {
@@ -112,36 +106,26 @@ impl Inner {
         self.machines.lock().values().cloned().collect()
     }
 
-    pub(crate) fn find(self: &Arc<Self>, id: &InstanceId, operation: &'static str) -> Result<Found> {
+    pub(crate) fn find(self: &Arc<Self>, id: &InstanceId, operation: &'static str) -> Result<Found<Machine>> {
         self.begin();
         let mut machines = self.machines.lock();
         if let Some(machine) = machines.get(id) {
             return Ok(Found::Whole(machine.clone()));
         }
-        let dir = InstanceDir { path: self.state.of(id) };
+        let dir = InstanceDir::at(self.state.of(id));
         if !dir.path.exists() {
             return Ok(if self.state.trash(id).exists() { Found::Part } else { Found::Nothing });
         }
         let stored = dir.read::<Stored>(CONFIG).map_err(|e| DriverError::failed(id, operation, e))?;
         let Some(stored) = stored else { return Ok(Found::Part) };
-        if stored.version > Stored::VERSION {
-            let reason =
-                format!("it was made by a newer version of the agent ({}); run that one", stored.version);
-            return Err(DriverError::invalid(id, reason));
-        }
+        check_version(id, stored.version, Stored::VERSION)?;
         let machine = Arc::new(Machine::new(dir, stored, self.shared.clone()));
         machines.insert(id.clone(), machine.clone());
         Ok(Found::Whole(machine))
     }
 
     pub(crate) fn machine(self: &Arc<Self>, id: &InstanceId, operation: &'static str) -> Result<Arc<Machine>> {
-        match self.find(id, operation)? {
-            Found::Nothing => Err(DriverError::NotFound(id.clone())),
-            Found::Part => {
-                Err(DriverError::wrong_state(id, operation, "it was not completely created; create it again"))
-            }
-            Found::Whole(machine) => Ok(machine),
-        }
+        self.find(id, operation)?.whole(id, operation)
     }
 
     /// Decides everything that a creation needs, and makes nothing.
@@ -200,7 +184,7 @@ impl Inner {
         let plan = Plan { incoming: Some(request.storage), ..self.plan(config, &node).await? };
         // First of all it is noted whose disks these are: giving up must not remove another node's.
         let noted = || {
-            let dir = InstanceDir { path: self.state.make(&config.id)? };
+            let dir = InstanceDir::at(self.state.make(&config.id, DIR_MODE)?);
             let note = StoredMigration::new(
                 &request.migration,
                 StoredPhase::Awaited,
@@ -222,7 +206,7 @@ impl Inner {
                 machine.stored().disk_dir.clone().filter(|_| !is_elsewhere)
             }
             Found::Part => {
-                let dir = InstanceDir { path: self.state.of(id) };
+                let dir = InstanceDir::at(self.state.of(id));
                 let note = dir.read::<StoredMigration>(MIGRATION);
                 let note = note.map_err(|e| DriverError::failed(id, "delete", e))?;
                 let is_elsewhere = note.is_some_and(|note| note.disks_are_elsewhere());
@@ -233,7 +217,7 @@ impl Inner {
             Found::Nothing => None,
         };
         let (state, owned) = (self.state.clone(), id.clone());
-        let removal = tokio::task::spawn_blocking(move || {
+        let removal = tokio::task::spawn_blocking(move || -> Outcome<()> {
             if let Some(pool) = pool {
                 remove_tree(&pool)?;
             }

@@ -12,8 +12,8 @@ macro_rules! of_the_driver {
 }
 
 of_the_driver! {
-    agent console create daemon domain driver emulator files images incoming inner kvm look link machine migrate node notify
-    problem protocol rpc seed snapshot stats update watch xdr xml
+    agent console create daemon domain driver emulator files incoming inner look link machine migrate node
+    problem protocol rpc snapshot stats update watch xdr xml
 }
 
 #[cfg(not(all(target_os = "linux", feature = "libvirt")))]

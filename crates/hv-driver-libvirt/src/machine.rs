@@ -11,12 +11,13 @@ use std::time::Duration;
 
 use hv_driver::fence::{self, Zeal};
 use hv_driver::{DriverError, DriverEvent, Exit, FenceTarget, StopMode};
+use hv_machine::console::{ConsoleHub, end_of};
 use hv_types::InstanceId;
 use parking_lot::Mutex;
 use tokio::sync::{broadcast, watch};
 
 use crate::NAME;
-use crate::console::{ConsoleHub, end_of};
+use crate::console;
 use crate::daemon::Daemon;
 use crate::domain;
 use crate::files::{
@@ -166,10 +167,15 @@ impl Machine {
         let mut live = self.live.lock();
         let begin = || {
             let (end, ended) = watch::channel(false);
-            let console = ConsoleHub::start(self.dir.clone(), ended, self.shared.link.cancelled.clone());
+            let console = console::follow(&self.dir, ended, self.shared.link.cancelled.clone());
             Arc::new(Live { console, end })
         };
         live.get_or_insert_with(begin).clone()
+    }
+
+    /// What goes on already.
+    pub(crate) fn known_live(&self) -> Option<Arc<Live>> {
+        self.live.lock().clone()
     }
 
     pub(crate) fn ended(&self) -> bool {

@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use hv_machine::kvm;
+
 use crate::daemon::Daemon;
 use crate::emulator;
-use crate::kvm;
 use crate::options::{Accel, LibvirtOptions};
 use crate::xml::Element;
 

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use hv_machine::files::FileProblem;
+
 /// Why something below the driver contract failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Problem {
@@ -81,6 +83,16 @@ impl Problem {
     /// Whether libvirtd itself is away, so that nothing was refused.
     pub(crate) fn is_away(&self) -> bool {
         matches!(self, Self::Disconnected(_) | Self::Unreachable(_))
+    }
+}
+
+impl FileProblem for Problem {
+    fn failed(action: &'static str, path: &Path, source: std::io::Error) -> Self {
+        Self::file(action, path)(source)
+    }
+
+    fn damaged(path: PathBuf, source: serde_json::Error) -> Self {
+        Self::Damaged(path, source)
     }
 }
 

@@ -169,7 +169,7 @@ async fn grow(
         daemon.resize_disk(&domain, &disk.target, asked.size_bytes).await?;
     } else {
         let mut command = tokio::process::Command::new("qemu-img");
-        command.args(["resize", "-q", "-f", domain::format_name(disk.format)]);
+        command.args(["resize", "-q", "-f", disk.format.name()]);
         command.arg(&disk.path).arg(asked.size_bytes.to_string());
         create::run_tool(command, "qemu-img").await?;
     }

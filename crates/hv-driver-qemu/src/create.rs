@@ -4,17 +4,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use hv_driver::InstanceConfig;
+use hv_driver::{DiskFormat, InstanceConfig};
+use hv_machine::images::{Base, Boot};
+use hv_machine::seed;
 use hv_telemetry::crash::{self, Point};
 use hv_types::{DiskSpec, Firmware, InstanceSpec, ResourceLimits};
 
 use crate::files::{
-    BOOT_DISK, CONFIG, InstanceDir, OWNS_DISKS, SEED, StateDir, Stored, StoredDisk, UEFI_VARIABLES, settle,
-    sync_dir, write_atomically,
+    BOOT_DISK, CONFIG, DIR_MODE, InstanceDir, OWNS_DISKS, SEED, StateDir, Stored, StoredDisk, UEFI_VARIABLES,
+    settle, sync_dir, write_atomically,
 };
-use crate::images::{Base, Boot, Format};
 use crate::problem::{Outcome, Problem};
-use crate::seed;
 
 /// Most cores that QEMU's x86 machines take.
 const MAX_CORES: u32 = 255;
@@ -127,7 +127,7 @@ pub(crate) async fn prepare(
     tools: &Tools,
     from: Disks,
 ) -> Outcome<Stored> {
-    let path = state.make(&config.id)?;
+    let path = state.make(&config.id, DIR_MODE)?;
     crash::reach(Point::QemuCreateAfterDir);
     let dir = InstanceDir::open(path.clone()).map_err(Problem::file("open", &path))?;
     let mut disk_dir = tools.disk_dir.as_ref().map(|all| all.join(config.id.as_str()));
@@ -157,7 +157,7 @@ pub(crate) async fn prepare(
         let number = Some(disks.len());
         disks.push(StoredDisk {
             file: SEED.to_owned(),
-            format: Format::Raw,
+            format: DiskFormat::Raw,
             serial: "cidata".to_owned(),
             read_only: true,
             number,
@@ -185,7 +185,8 @@ pub(crate) async fn prepare(
 
 /// Writes what tells the guest its name and its user data.
 pub(crate) fn write_seed(dir: &InstanceDir, config: &InstanceConfig) -> Outcome<()> {
-    let volume = seed::volume(config).map_err(Problem::file("make", &dir.file(SEED)))?;
+    let volume = seed::volume(&config.id, &config.name, &config.spec.user_data)
+        .map_err(Problem::file("make", &dir.file(SEED)))?;
     write_atomically(&dir.file(SEED), &volume)
 }
 
@@ -233,7 +234,7 @@ fn plan_disks<'a>(spec: &InstanceSpec, boot: &'a Boot) -> Vec<PlannedDisk<'a>> {
 pub(crate) fn qcow2(file: &str, name: &str, number: usize, size_bytes: u64) -> StoredDisk {
     StoredDisk {
         file: file.to_owned(),
-        format: Format::Qcow2,
+        format: DiskFormat::Qcow2,
         serial: name.chars().filter(char::is_ascii_graphic).take(MAX_SERIAL_BYTES).collect(),
         read_only: false,
         number: Some(number),

@@ -6,13 +6,15 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::StreamExt as _;
-use futures::stream::{self, BoxStream};
+use futures::stream::BoxStream;
 use hv_driver::{
     Capability, Console, Display, Driver, DriverError, DriverEvent, Exec, ExecRequest, Exit, FenceTarget,
     Fingerprint, Handle, Incoming, IncomingRequest, InstanceConfig, LogRequest, MigrateRequest,
-    MigrationStatus, Observed, Result, SnapshotInfo, SnapshotRequest, Stats, StopMode, Updated, log,
+    MigrationStatus, Observed, Result, SnapshotInfo, SnapshotRequest, Stats, StopMode, Updated,
 };
+use hv_machine::images::Images;
+use hv_machine::log::Log;
+use hv_machine::{Found, check_version, console, heard};
 use hv_telemetry::crash::{self, Point};
 use hv_types::{ImageInfo, InstanceId, InstanceType};
 use parking_lot::Mutex;
@@ -20,12 +22,8 @@ use serde_json::Value;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
-use crate::console::{self, History};
 use crate::create::{Disks, Tools};
-use crate::files::{
-    CONFIG, CONSOLE, InstanceDir, LOCK, OWNS_DISKS, StateDir, Stored, VNC_SOCKET, remove_tree,
-};
-use crate::images::Images;
+use crate::files::{CONFIG, InstanceDir, LOCK, OWNS_DISKS, StateDir, Stored, VNC_SOCKET, remove_tree};
 use crate::live::Live;
 use crate::machine::{Machine, Shared};
 use crate::migration::{self, Outgoing};
@@ -68,14 +66,6 @@ pub struct QemuDriver {
     shared: Arc<Shared>,
     machines: Mutex<HashMap<InstanceId, Arc<Machine>>>,
     platform: tokio::sync::Mutex<Option<Arc<Platform>>>,
-}
-
-/// What is there of an instance.
-enum Found {
-    Nothing,
-    /// Half created, or half deleted.
-    Part,
-    Whole(Arc<Machine>),
 }
 
 impl Drop for QemuDriver {
@@ -122,7 +112,7 @@ impl QemuDriver {
         Ok(known.insert(Arc::new(platform)).clone())
     }
 
-    fn find(&self, id: &InstanceId, operation: &'static str) -> Result<Found> {
+    fn find(&self, id: &InstanceId, operation: &'static str) -> Result<Found<Machine>> {
         let mut machines = self.machines.lock();
         if let Some(machine) = machines.get(id) {
             return Ok(Found::Whole(machine.clone()));
@@ -138,24 +128,14 @@ impl QemuDriver {
         };
         let stored = dir.read::<Stored>(CONFIG).map_err(|e| DriverError::failed(id, operation, e))?;
         let Some(stored) = stored else { return Ok(Found::Part) };
-        if stored.version > Stored::VERSION {
-            let reason =
-                format!("it was made by a newer version of the agent ({}); run that one", stored.version);
-            return Err(DriverError::invalid(id, reason));
-        }
+        check_version(id, stored.version, Stored::VERSION)?;
         let machine = Arc::new(Machine::new(dir, stored, self.shared.clone()));
         machines.insert(id.clone(), machine.clone());
         Ok(Found::Whole(machine))
     }
 
     fn machine(&self, id: &InstanceId, operation: &'static str) -> Result<Arc<Machine>> {
-        match self.find(id, operation)? {
-            Found::Nothing => Err(DriverError::NotFound(id.clone())),
-            Found::Part => {
-                Err(DriverError::wrong_state(id, operation, "it was not completely created; create it again"))
-            }
-            Found::Whole(machine) => Ok(machine),
-        }
+        self.find(id, operation)?.whole(id, operation)
     }
 
     async fn live(&self, id: &InstanceId, operation: &'static str) -> Result<(Arc<Machine>, Arc<Live>)> {
@@ -172,7 +152,7 @@ impl QemuDriver {
             return Err(DriverError::Unsupported { driver: NAME, operation, reason });
         }
         let invalid = |reason| DriverError::invalid(id, reason);
-        let boot = self.images.resolve(config).map_err(invalid)?;
+        let boot = self.images.resolve(&config.spec, config.image.as_ref()).map_err(invalid)?;
         create::check(&config.spec, &boot).map_err(invalid)?;
         let made = create::prepare(&self.state, config, &boot, &self.tools(), from).await;
         made.map(drop).map_err(|problem| match problem {
@@ -208,8 +188,14 @@ impl QemuDriver {
     async fn remove(&self, id: &InstanceId) -> Result<()> {
         self.remove_disks(id).map_err(|e| DriverError::failed(id, "delete", e))?;
         let (state, owned) = (self.state.clone(), id.clone());
-        let before_removal = || crash::reach(Point::QemuDeleteBeforeRmdir);
-        let removal = tokio::task::spawn_blocking(move || state.remove(&owned, before_removal)).await;
+        let removal = tokio::task::spawn_blocking(move || -> Outcome<()> {
+            if !state.set_aside(&owned)? {
+                return Ok(());
+            }
+            crash::reach(Point::QemuDeleteBeforeRmdir);
+            remove_tree(&state.trash(&owned))
+        });
+        let removal = removal.await;
         match removal {
             Ok(outcome) => outcome.map_err(|e| DriverError::failed(id, "delete", e)),
             Err(panicked) => Err(DriverError::failed(id, "delete", panicked)),
@@ -233,7 +219,7 @@ impl Driver for QemuDriver {
 
     async fn fingerprint(&self) -> Fingerprint {
         let (healthy, version, message) = match self.platform().await {
-            Ok(platform) => match writable(&self.state) {
+            Ok(platform) => match self.state.check_writable() {
                 Ok(()) => (true, platform.version.clone(), platform.message.clone()),
                 Err(reason) => (false, platform.version.clone(), reason),
             },
@@ -327,16 +313,7 @@ impl Driver for QemuDriver {
     }
 
     fn events(&self) -> BoxStream<'static, DriverEvent> {
-        stream::unfold(self.shared.events.subscribe(), |mut receiver| async {
-            loop {
-                match receiver.recv().await {
-                    Ok(event) => return Some((event, receiver)),
-                    Err(broadcast::error::RecvError::Lagged(_)) => {}
-                    Err(broadcast::error::RecvError::Closed) => return None,
-                }
-            }
-        })
-        .boxed()
+        heard(self.shared.events.subscribe())
     }
 
     async fn stats(&self, id: &InstanceId) -> Result<Stats> {
@@ -366,8 +343,8 @@ impl Driver for QemuDriver {
     async fn console(&self, id: &InstanceId) -> Result<Console> {
         let (_, live) = self.live(id, "console").await?;
         let ended = || DriverError::wrong_state(id, "console", "it has just ended; start it first");
-        let attached = live.console.attach(History::Recent).await.ok_or_else(ended)?;
-        Ok(Console { output: console::stream_of(attached), input: live.console.keyboard() })
+        let output = live.console.view().await.ok_or_else(ended)?;
+        Ok(Console { output, input: live.console.keyboard() })
     }
 
     async fn exec(&self, id: &InstanceId, request: ExecRequest) -> Result<Exec> {
@@ -380,24 +357,11 @@ impl Driver for QemuDriver {
 
     async fn logs(&self, id: &InstanceId, request: LogRequest) -> Result<BoxStream<'static, Result<Bytes>>> {
         let machine = self.machine(id, "logs")?;
-        let cut = |mut text: Vec<u8>| match request.tail_lines {
-            Some(lines) => text.split_off(text.len() - log::last_lines(&text, lines).len()),
-            None => text,
-        };
-        if request.follow
-            && let Some(live) = machine.live("logs").await?
-            && let Some(mut attached) = live.console.attach(History::All).await
-        {
-            if !console::written_since(&machine.dir.file(CONSOLE), request.since) {
-                attached.history.clear();
-            }
-            attached.history = cut(attached.history);
-            return Ok(console::stream_of(attached));
-        }
-        let text =
-            console::printed(&machine.dir, request.since).map_err(|e| DriverError::failed(id, "logs", e))?;
-        let text = cut(text);
-        Ok(stream::iter((!text.is_empty()).then(|| Ok(Bytes::from(text)))).boxed())
+        // Whoever follows must know whether it runs.
+        let live = if request.follow { machine.live("logs").await? } else { machine.known_live() };
+        let hub = live.as_ref().map(|live| &live.console);
+        let logs = console::logs(&Log::new(&machine.dir.path), hub, request).await;
+        logs.map_err(|e| DriverError::failed(id, "logs", e))
     }
 
     async fn display(&self, id: &InstanceId) -> Result<Display> {
@@ -461,17 +425,4 @@ impl Driver for QemuDriver {
     async fn abort_migration(&self, id: &InstanceId) -> Result<()> {
         migration::source::abort(&self.machine(id, "abort a migration")?).await
     }
-}
-
-/// Whether instances can be made here. The error says what to do.
-fn writable(state: &StateDir) -> std::result::Result<(), String> {
-    let check = || -> Outcome<()> {
-        std::fs::create_dir_all(&state.0).map_err(Problem::file("make", &state.0))?;
-        let access = rustix::fs::access(&state.0, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK);
-        access.map_err(|e| Problem::file("write to", &state.0)(e.into()))
-    };
-    check().map_err(|problem| {
-        let cause = std::error::Error::source(&problem).map(ToString::to_string).unwrap_or_default();
-        format!("{problem}: {cause}; correct the agent's state directory or its permissions")
-    })
 }

@@ -9,20 +9,17 @@
 //! Unix socket addresses have at most 107 bytes. QEMU therefore runs inside the directory and names its sockets
 //! relatively; we name them through `/proc/self/fd`.
 
-use std::fs::{self, File};
-use std::io::{self, Write as _};
-use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use hv_driver::{Exit, InstanceConfig};
-use hv_types::InstanceId;
-use serde::de::DeserializeOwned;
+use hv_driver::{DiskFormat, Exit, InstanceConfig};
+use hv_machine::files::{self, Short};
+pub(crate) use hv_machine::files::{StateDir, now_ms, remove_tree, settle, sync_dir, write_atomically};
+pub(crate) use hv_machine::log::LOG as CONSOLE;
 use serde::{Deserialize, Serialize};
 
-use crate::images::Format;
-use crate::problem::{Outcome, Problem};
+use crate::problem::Problem;
 
 pub(crate) const CONFIG: &str = "config.json";
 pub(crate) const RUN: &str = "run.json";
@@ -33,9 +30,6 @@ pub(crate) const PID: &str = "qemu.pid";
 pub(crate) const STDERR: &str = "stderr.log";
 /// Everything that QEMU reported on its second monitor during the present run.
 pub(crate) const EVENTS: &str = "events.log";
-pub(crate) const CONSOLE: &str = "console.log";
-/// What `console.log` had before it was last cut.
-pub(crate) const CONSOLE_OLD: &str = "console.log.1";
 pub(crate) const MONITOR_SOCKET: &str = "qmp.sock";
 pub(crate) const EVENTS_SOCKET: &str = "events.sock";
 pub(crate) const CONSOLE_SOCKET: &str = "console.sock";
@@ -63,6 +57,9 @@ pub(crate) const UEFI_VARIABLES: &str = "uefi-vars.fd";
 
 /// The longest path that a unix socket address holds (`sun_path` with its final NUL, unix(7)).
 const MAX_SOCKET_PATH_BYTES: usize = 107;
+
+/// What others may do with an instance's directory: nothing.
+pub(crate) const DIR_MODE: u32 = 0o700;
 
 /// An instance as it was created.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -107,7 +104,7 @@ impl Stored {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct StoredDisk {
     pub(crate) file: String,
-    pub(crate) format: Format,
+    pub(crate) format: DiskFormat,
     /// What the guest reads as its serial number.
     pub(crate) serial: String,
     pub(crate) read_only: bool,
@@ -148,164 +145,35 @@ pub(crate) struct StoredExit {
     pub(crate) exit: Exit,
 }
 
-/// All instances.
-#[derive(Clone, Debug)]
-pub(crate) struct StateDir(pub(crate) PathBuf);
-
-impl StateDir {
-    pub(crate) fn of(&self, id: &InstanceId) -> PathBuf {
-        self.0.join(id.as_str())
-    }
-
-    pub(crate) fn trash(&self, id: &InstanceId) -> PathBuf {
-        self.0.join(format!(".{id}.deleting"))
-    }
-
-    /// Every instance of which something is there.
-    pub(crate) fn list(&self) -> io::Result<Vec<InstanceId>> {
-        let entries = match fs::read_dir(&self.0) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            other => other?,
-        };
-        let mut ids = std::collections::BTreeSet::new();
-        for entry in entries {
-            let entry = entry?;
-            let name = entry.file_name();
-            let Some(name) = name.to_str() else { continue };
-            let name = name.strip_prefix('.').and_then(|rest| rest.strip_suffix(".deleting")).unwrap_or(name);
-            if let (Ok(id), true) = (name.parse(), entry.file_type()?.is_dir()) {
-                ids.insert(id);
-            }
-        }
-        Ok(ids.into_iter().collect())
-    }
-
-    pub(crate) fn make(&self, id: &InstanceId) -> Outcome<PathBuf> {
-        let dir = self.of(id);
-        fs::create_dir_all(&self.0).map_err(Problem::file("make", &self.0))?;
-        match fs::DirBuilder::new().mode(0o700).create(&dir) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(Problem::file("make", &dir)(e)),
-            _ => {
-                sync_dir(&self.0)?;
-                Ok(dir)
-            }
-        }
-    }
-
-    /// Removes an instance that does not run.
-    pub(crate) fn remove(&self, id: &InstanceId, before_removal: impl FnOnce()) -> Outcome<()> {
-        let (dir, trash) = (self.of(id), self.trash(id));
-        // An earlier deletion that was cut short.
-        remove_tree(&trash)?;
-        match fs::rename(&dir, &trash) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            other => other.map_err(Problem::file("rename", &dir))?,
-        }
-        sync_dir(&self.0)?;
-        before_removal();
-        remove_tree(&trash)
-    }
-}
-
-pub(crate) fn remove_tree(path: &Path) -> Outcome<()> {
-    match fs::remove_dir_all(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Problem::file("remove", path)(e)),
-        _ => Ok(()),
-    }
-}
-
-/// One instance's directory, which need not be complete.
+/// One instance's directory, which need not be complete, and the way to the sockets in it.
 #[derive(Debug)]
 pub(crate) struct InstanceDir {
-    pub(crate) path: PathBuf,
-    fd: OwnedFd,
+    dir: files::InstanceDir<Problem>,
+    short: Short,
+}
+
+impl std::ops::Deref for InstanceDir {
+    type Target = files::InstanceDir<Problem>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.dir
+    }
 }
 
 impl InstanceDir {
     pub(crate) fn open(path: PathBuf) -> io::Result<Self> {
-        use rustix::fs::{Mode, OFlags};
-        let fd = rustix::fs::open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Self { path, fd })
-    }
-
-    pub(crate) fn file(&self, name: &str) -> PathBuf {
-        self.path.join(name)
+        let short = Short::open(&path)?;
+        Ok(Self { dir: files::InstanceDir::at(path), short })
     }
 
     /// A path of one of its sockets that is short enough, good in this process as long as `self` lives.
     pub(crate) fn socket(&self, name: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/self/fd/{}/{name}", self.fd.as_raw_fd()))
+        self.short.path(name)
     }
 
     /// A path of one of its sockets that other processes can use too.
     pub(crate) fn public_socket(&self, name: &str) -> PathBuf {
         let path = self.file(name);
-        if path.as_os_str().len() <= MAX_SOCKET_PATH_BYTES {
-            return path;
-        }
-        PathBuf::from(format!("/proc/{}/fd/{}/{name}", std::process::id(), self.fd.as_raw_fd()))
+        if path.as_os_str().len() <= MAX_SOCKET_PATH_BYTES { path } else { self.short.public_path(name) }
     }
-
-    pub(crate) fn read<T: DeserializeOwned>(&self, name: &str) -> Outcome<Option<T>> {
-        let path = self.file(name);
-        match fs::read(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(Problem::file("read", &path)(e)),
-            Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| Problem::Damaged(path, e)),
-        }
-    }
-
-    pub(crate) fn write<T: Serialize>(&self, name: &str, value: &T) -> Outcome<()> {
-        let bytes = serde_json::to_vec_pretty(value).map_err(|e| Problem::Damaged(self.file(name), e))?;
-        write_atomically(&self.file(name), &bytes)
-    }
-
-    pub(crate) fn remove(&self, name: &str) -> Outcome<()> {
-        let path = self.file(name);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Problem::file("remove", &path)(e)),
-            _ => Ok(()),
-        }
-    }
-
-    /// Opens a file for appending, private to us. Existing content stays.
-    pub(crate) fn append(&self, name: &str) -> Outcome<File> {
-        let path = self.file(name);
-        let file = fs::OpenOptions::new().create(true).append(true).read(true).mode(0o600).open(&path);
-        file.map_err(Problem::file("open", &path))
-    }
-
-    pub(crate) fn empty(&self, name: &str) -> Outcome<()> {
-        self.append(name)?.set_len(0).map_err(Problem::file("truncate", &self.file(name)))
-    }
-}
-
-/// Either the old content or the new one is there after a crash, never a part.
-pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Outcome<()> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
-    let write = || {
-        let mut options = fs::OpenOptions::new();
-        let mut file = options.create(true).write(true).truncate(true).mode(0o600).open(&partial)?;
-        file.write_all(bytes)?;
-        file.sync_all()
-    };
-    write().map_err(Problem::file("write", &partial))?;
-    settle(&partial, path)
-}
-
-/// Gives a file that is completely on disk its final name.
-pub(crate) fn settle(partial: &Path, path: &Path) -> Outcome<()> {
-    fs::rename(partial, path).map_err(Problem::file("rename", partial))?;
-    path.parent().map_or(Ok(()), sync_dir)
-}
-
-pub(crate) fn sync_dir(path: &Path) -> Outcome<()> {
-    File::open(path).and_then(|dir| dir.sync_all()).map_err(Problem::file("flush", path))
-}
-
-pub(crate) fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

@@ -22,8 +22,6 @@ mod exit;
 #[cfg(target_os = "linux")]
 mod files;
 #[cfg(target_os = "linux")]
-mod images;
-#[cfg(target_os = "linux")]
 mod jobs;
 #[cfg(target_os = "linux")]
 mod limits;
@@ -34,8 +32,6 @@ mod machine;
 #[cfg(target_os = "linux")]
 mod migration;
 #[cfg(target_os = "linux")]
-mod notify;
-#[cfg(target_os = "linux")]
 mod platform;
 #[cfg(target_os = "linux")]
 mod problem;
@@ -43,8 +39,6 @@ mod problem;
 mod process;
 #[cfg(target_os = "linux")]
 mod qmp;
-#[cfg(target_os = "linux")]
-mod seed;
 #[cfg(target_os = "linux")]
 mod snapshots;
 #[cfg(target_os = "linux")]

@@ -3,11 +3,11 @@
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Duration;
 
+use hv_machine::console::{ConsoleHub, end_of};
+use hv_machine::process::Process;
 use tokio::sync::watch;
 
-use crate::console::{ConsoleHub, end_of};
 use crate::files::StoredRun;
-use crate::process::Process;
 use crate::qmp::Monitor;
 
 /// How long a look at the machine may take before the last known state is told.

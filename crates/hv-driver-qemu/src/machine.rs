@@ -11,6 +11,9 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::{Duration, SystemTime};
 
 use hv_driver::{DriverError, DriverEvent, Exit, Observed, Running, StopMode};
+use hv_machine::console::end_of;
+use hv_machine::notify::Notify;
+use hv_machine::process::Process;
 use hv_telemetry::crash::{self, Point};
 use hv_types::InstanceId;
 use parking_lot::{Mutex, RwLock};
@@ -19,19 +22,18 @@ use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::argv::{self, Launch};
-use crate::console::{ConsoleHub, end_of};
+use crate::console;
 use crate::exit;
 use crate::files::{
-    AGENT_SOCKET, CONSOLE, CONSOLE_SOCKET, EVENTS, EVENTS_SOCKET, EXIT, InstanceDir, MONITOR_SOCKET,
+    AGENT_SOCKET, CONSOLE, CONSOLE_SOCKET, EVENTS, EVENTS_SOCKET, EXIT, InstanceDir, LOCK, MONITOR_SOCKET,
     OUTGOING, PID, RUN, STARTED, STDERR, Stored, StoredExit, StoredRun, VNC_SOCKET, now_ms,
 };
 use crate::limits;
 use crate::live::{Live, Status};
 use crate::migration;
-use crate::notify::Notify;
 use crate::platform::Platform;
 use crate::problem::{Outcome, Problem};
-use crate::process::{Process, try_lock};
+use crate::process;
 use crate::qmp::{Monitor, Qmp};
 
 /// How long QEMU may take from its start until its monitor answers.
@@ -116,19 +118,21 @@ impl Machine {
             let _change = self.change.lock().await;
             self.look(operation).await?;
         }
+        Ok(self.known_live())
+    }
+
+    /// The running machine, if it is known to run.
+    pub(crate) fn known_live(&self) -> Option<Arc<Live>> {
         match &*self.phase.lock() {
-            Phase::Up(live) => Ok(Some(live.clone())),
-            Phase::Unknown | Phase::Down(_) => Ok(None),
+            Phase::Up(live) => Some(live.clone()),
+            Phase::Unknown | Phase::Down(_) => None,
         }
     }
 
     /// The running machine as far as it is known. `change` is held.
     pub(crate) async fn live_now(self: &Arc<Self>, operation: &'static str) -> Done<Option<Arc<Live>>> {
         self.look(operation).await?;
-        match &*self.phase.lock() {
-            Phase::Up(live) => Ok(Some(live.clone())),
-            Phase::Unknown | Phase::Down(_) => Ok(None),
-        }
+        Ok(self.known_live())
     }
 
     /// Finds out what is the case, once. `change` is held.
@@ -137,7 +141,7 @@ impl Machine {
             return Ok(());
         }
         // Taken and let go at once: it is only asked whether QEMU has it.
-        let is_free = try_lock(&self.dir).map_err(self.failed(operation))?.is_some();
+        let is_free = self.dir.try_lock(LOCK).map_err(self.failed(operation))?.is_some();
         if !is_free && self.adopt(operation).await? {
             return Ok(());
         }
@@ -148,7 +152,7 @@ impl Machine {
 
     /// Takes over a QEMU that somebody else started. `false` if it ended meanwhile.
     async fn adopt(self: &Arc<Self>, operation: &'static str) -> Done<bool> {
-        let Some(process) = Process::find(&self.dir).await.map_err(self.failed(operation))? else {
+        let Some(process) = process::find(&self.dir).await.map_err(self.failed(operation))? else {
             return Ok(false);
         };
         let run = self.dir.read::<StoredRun>(RUN).map_err(self.failed(operation))?.unwrap_or_default();
@@ -184,7 +188,7 @@ impl Machine {
         let live = Arc::new(Live {
             process,
             monitor: Monitor::new(self.dir.clone(), cancelled.clone(), qmp),
-            console: ConsoleHub::start(self.dir.clone(), ended.clone(), cancelled.clone()),
+            console: console::follow(&self.dir, ended.clone(), cancelled.clone()),
             run,
             status: AtomicU8::new(Status::Running as u8),
             stopping: AtomicBool::new(false),
@@ -249,7 +253,7 @@ impl Machine {
         machine_type: &str,
         launch: Launch,
     ) -> Done<Option<Arc<Live>>> {
-        let Some(lock) = try_lock(&self.dir).map_err(self.failed("start"))? else {
+        let Some(lock) = self.dir.try_lock(LOCK).map_err(self.failed("start"))? else {
             // A start of ours that was given up half-way.
             return match self.adopt("start").await? {
                 true => self.live_now("start").await,
@@ -393,7 +397,7 @@ impl Machine {
         // If it does not hear, it is killed.
         let quit = live.monitor.command_within("quit", None, QUIT_TIMEOUT).await;
         if quit.is_err() || !live.gone_within(QUIT_TIMEOUT).await {
-            live.process.kill().map_err(self.failed("stop"))?;
+            live.process.kill().map_err(Problem::Process).map_err(self.failed("stop"))?;
         }
         crash::reach(Point::QemuStopAfterKill);
         if live.gone_within(KILL_TIMEOUT).await {

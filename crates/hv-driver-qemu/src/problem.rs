@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use hv_machine::files::FileProblem;
+
 /// Why something below the driver contract failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Problem {
@@ -47,6 +49,16 @@ impl Problem {
         path: &'a Path,
     ) -> impl FnOnce(std::io::Error) -> Self + use<'a> {
         move |source| Self::File { action, path: path.to_owned(), source }
+    }
+}
+
+impl FileProblem for Problem {
+    fn failed(action: &'static str, path: &Path, source: std::io::Error) -> Self {
+        Self::file(action, path)(source)
+    }
+
+    fn damaged(path: PathBuf, source: serde_json::Error) -> Self {
+        Self::Damaged(path, source)
     }
 }
 

@@ -1,120 +1,13 @@
-//! The QEMU process: who it is, whether it lives, how it is killed.
-//!
-//! # Theory of operation
-//! QEMU's standard input is the instance's lock file, locked (flock(2)). The lock belongs to the open file, so it is
-//! held from before the process exists until its last instruction, whatever happens to the agent; nobody can start a
-//! second one meanwhile. Whoever has that file as standard input *is* the instance's QEMU: a pid from a file is only a
-//! hint. From then on a pidfd names the process, so that a pid used again is never killed.
+//! The QEMU process, by the lock that it holds: see [`Process`].
 
-use std::fs::{self, File};
-use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
-use std::process::ExitStatus;
-use std::time::Duration;
-
-use rustix::fs::FlockOperation;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use tokio::io::unix::AsyncFd;
-use tokio::process::Child;
+use hv_machine::process::Process;
 
 use crate::files::{InstanceDir, LOCK, PID};
-use crate::notify::awaitable;
 use crate::problem::{Outcome, Problem};
 
-/// How long a process that was just forked may take until it is QEMU.
-const FIND_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often it is looked for meanwhile. There is nothing to wait on: the process is not ours.
-const FIND_INTERVAL: Duration = Duration::from_millis(20);
-
-/// The lock, taken; `None` if QEMU has it.
-pub(crate) fn try_lock(dir: &InstanceDir) -> Outcome<Option<File>> {
-    let file = dir.append(LOCK)?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Some(file)),
-        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-        Err(e) => Err(Problem::file("lock", &dir.file(LOCK))(e.into())),
-    }
-}
-
-/// A QEMU process, alive or a moment ago.
-#[derive(Debug)]
-pub(crate) struct Process {
-    pub(crate) pid: i32,
-    fd: AsyncFd<OwnedFd>,
-}
-
-impl Process {
-    pub(crate) fn open(pid: i32) -> io::Result<Self> {
-        let raw = Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-        Ok(Self { pid, fd: awaitable(pidfd_open(raw, PidfdFlags::empty())?)? })
-    }
-
-    /// The process that holds an instance's lock; `None` if the lock is free by now.
-    pub(crate) async fn find(dir: &InstanceDir) -> Outcome<Option<Self>> {
-        let deadline = tokio::time::Instant::now() + FIND_TIMEOUT;
-        loop {
-            if let Some(found) = find_now(dir) {
-                return Ok(Some(found));
-            }
-            if try_lock(dir)?.is_some() {
-                return Ok(None);
-            }
-            if tokio::time::Instant::now() > deadline {
-                return Err(Problem::Unfindable(dir.file(LOCK)));
-            }
-            tokio::time::sleep(FIND_INTERVAL).await;
-        }
-    }
-
-    pub(crate) fn kill(&self) -> Outcome<()> {
-        match pidfd_send_signal(self.fd.get_ref(), Signal::KILL) {
-            Err(e) if e != rustix::io::Errno::SRCH => Err(Problem::Process(e.into())),
-            _ => Ok(()),
-        }
-    }
-
-    /// Waits for its end. How it ended is known only of a child.
-    pub(crate) async fn ended(&self, child: Option<&mut Child>) -> Option<ExitStatus> {
-        if let Some(child) = child {
-            return child.wait().await.ok();
-        }
-        // A pidfd becomes readable when its process ends (pidfd_open(2)).
-        let _ = self.fd.readable().await;
-        None
-    }
-
-    /// Processor time used, in nanoseconds, and resident memory, in bytes (proc(5)).
-    pub(crate) fn usage(&self) -> io::Result<(u64, u64)> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid))?;
-        // The second field is the name in parentheses and may contain anything.
-        let fields: Vec<&str> =
-            stat.rsplit(')').next().unwrap_or_default().split_ascii_whitespace().collect();
-        let number =
-            |field: usize| fields.get(field - 3).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
-        let ns_per_tick = 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1);
-        let page = rustix::param::page_size() as u64;
-        Ok(((number(14) + number(15)) * ns_per_tick, number(24) * page))
-    }
-}
-
-fn find_now(dir: &InstanceDir) -> Option<Process> {
-    let hint = fs::read_to_string(dir.file(PID)).ok().and_then(|text| text.trim().parse().ok());
-    let all = fs::read_dir("/proc").ok()?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    let lock = fs::metadata(dir.file(LOCK)).ok()?;
-    let holds = |pid: i32| {
-        let stdin = fs::metadata(PathBuf::from(format!("/proc/{pid}/fd/0"))).ok();
-        stdin.is_some_and(|file| (file.dev(), file.ino()) == (lock.dev(), lock.ino()))
-    };
-    for pid in hint.into_iter().chain(all) {
-        // Looked at once more through the pidfd's eyes: now it can be no other process.
-        if holds(pid)
-            && let Ok(process) = Process::open(pid)
-            && holds(pid)
-        {
-            return Some(process);
-        }
-    }
-    None
+/// The process that holds an instance's lock; `None` if the lock is free by now.
+pub(crate) async fn find(dir: &InstanceDir) -> Outcome<Option<Process>> {
+    let hint = || std::fs::read_to_string(dir.file(PID)).ok()?.trim().parse().ok();
+    let is_free = || Ok(dir.try_lock(LOCK)?.is_some());
+    Process::find(&dir.file(LOCK), hint, is_free, || Problem::Unfindable(dir.file(LOCK))).await
 }

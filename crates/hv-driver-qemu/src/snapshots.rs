@@ -10,14 +10,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use hv_driver::{DriverError, Result, SnapshotInfo, SnapshotRequest, StopMode};
+use hv_driver::{DiskFormat, DriverError, Result, SnapshotInfo, SnapshotRequest, StopMode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::argv::Launch;
 use crate::create::{Tools, run_tool};
 use crate::files::{INCOMING, REVERTING, SNAPSHOTS};
-use crate::images::Format;
 use crate::jobs;
 use crate::live::{Live, Status};
 use crate::machine::Machine;
@@ -119,7 +118,7 @@ fn may_take(machine: &Machine, name: &str, index: &Index) -> std::result::Result
         return Err(format!("it has {MAX_SNAPSHOTS} snapshots already; delete some"));
     }
     let stored = machine.stored();
-    if let Some((_, raw)) = stored.writable().find(|(_, disk)| disk.format != Format::Qcow2) {
+    if let Some((_, raw)) = stored.writable().find(|(_, disk)| disk.format != DiskFormat::Qcow2) {
         return Err(format!("disk `{}` is raw, which has no snapshots; use qcow2", raw.name));
     }
     if stored.writable().next().is_none() {

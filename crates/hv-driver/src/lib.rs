@@ -109,6 +109,17 @@ pub enum DiskFormat {
     Raw,
 }
 
+impl DiskFormat {
+    /// As QEMU and its tools call it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+        }
+    }
+}
+
 /// What a driver needs to find an instance again. Kept in the agent's journal; only the driver reads `data`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Handle {

@@ -123,7 +123,7 @@ impl Container {
     async fn begin(&self, mut run: StoredRun, _lock: &File) -> Outcome<(Process, StoredRun)> {
         let shared = &self.shared;
         let terminal = spec::has_terminal(&self.stored().config);
-        let log = keeper::uri(&shared.keeper, &self.dir.0, shared.options.log_file_bytes, terminal);
+        let log = keeper::uri(&shared.keeper, &self.dir.path, shared.options.log_file_bytes, terminal);
         let request = CreateTaskRequest {
             container_id: self.id.to_string(),
             rootfs: self.root().await?,

@@ -4,7 +4,7 @@ use hv_driver::{DriverError, InstanceConfig, Result, Updated};
 use hv_types::InstanceId;
 
 use super::FirecrackerDriver;
-use crate::files::{CONFIG, InstanceDir, NEXT, Stored};
+use crate::files::{CONFIG, DIR_MODE, InstanceDir, NEXT, Stored};
 use crate::problem::{Outcome, Problem};
 use crate::snapshot::{self, Meta};
 use crate::{NAME, boot, create, layout};
@@ -76,7 +76,7 @@ impl FirecrackerDriver {
         let (state, from, owned) = (self.state.clone(), machine.dir.clone(), source.clone());
         let laid_out = self.blocking(move || {
             let id = &stored.config.id;
-            let path = state.make(id)?;
+            let path = state.make(id, DIR_MODE)?;
             let dir = InstanceDir::open(path.clone()).map_err(Problem::file("open", &path))?;
             snapshot::lay_out_clone((&from, &owned), &meta, (&dir, id))?;
             dir.write(CONFIG, &stored)

@@ -7,6 +7,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hv_driver::{DriverError, Exit};
+use hv_machine::notify::Notify;
+use hv_machine::process::Process;
 use parking_lot::Mutex;
 use tokio::process::Child;
 
@@ -18,7 +20,7 @@ use crate::files::{CONSOLE, EXIT, HELD, RESTORE, RUN, STDERR, Stored, StoredExit
 use crate::jail;
 use crate::platform::Platform;
 use crate::problem::{Outcome, Problem};
-use crate::process::{Process, try_lock};
+use crate::process::try_lock;
 use crate::snapshot::{self, Restore};
 use crate::tap;
 

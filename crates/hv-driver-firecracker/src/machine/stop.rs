@@ -9,7 +9,7 @@ use hv_driver::{Exit, StopMode};
 use super::{Done, KILL_TIMEOUT, Live, Machine};
 use crate::api::types::Action;
 use crate::files::{ASKED, EXIT, OfRun, StoredExit};
-use crate::problem::Outcome;
+use crate::problem::{Outcome, Problem};
 
 /// A guest that boots does not hear the keyboard yet, so the keys are pressed again.
 const ASK_INTERVAL: Duration = Duration::from_secs(3);
@@ -42,7 +42,7 @@ impl Machine {
         // A killed process says nothing, so it is written down first.
         let exit = StoredExit { run: live.run.number, exit: Exit::Stopped };
         self.dir.note(EXIT, &exit).map_err(self.failed(operation))?;
-        live.process.kill().map_err(self.failed(operation))?;
+        live.process.kill().map_err(Problem::Process).map_err(self.failed(operation))?;
         match live.gone_within(KILL_TIMEOUT).await {
             true => Ok(()),
             false => Err(self.too_slow(operation, KILL_TIMEOUT)),

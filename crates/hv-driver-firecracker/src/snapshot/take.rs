@@ -149,7 +149,7 @@ fn finish(dir: &InstanceDir, root: &Path, meta: &Meta, base: Option<&Meta>) -> O
         readable(&partial.join(STATE))?;
         readable(&memory)?;
     }
-    InstanceDir { path: partial.clone() }.write(META, meta)?;
+    InstanceDir::at(&partial).write(META, meta)?;
     settle(&partial, &path_of(dir, &meta.name))?;
     crate::files::sync_dir(&dir.file(SNAPSHOTS))
 }

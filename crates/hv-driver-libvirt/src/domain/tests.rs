@@ -1,6 +1,6 @@
 //! Names and values of users are text in a domain's description, whatever they contain.
 
-use hv_driver::InstanceConfig;
+use hv_driver::{DiskFormat, InstanceConfig};
 use hv_types::{InstanceSpec, Metadata};
 
 use super::*;
@@ -55,7 +55,7 @@ fn nothing_that_a_user_writes_becomes_markup() {
         target: "vda".to_owned(),
         size_bytes: 0,
     });
-    let dir = InstanceDir { path: format!("/state/{nasty}").into() };
+    let dir = InstanceDir::at(format!("/state/{nasty}"));
     let document = describe(&machine, &dir, &node()).to_xml();
     let read = Element::parse(&document).unwrap();
     assert_eq!(read.all("devices").count(), 1);
@@ -73,7 +73,7 @@ fn nothing_that_a_user_writes_becomes_markup() {
 #[test]
 fn a_machine_has_room_to_grow_and_ports_to_plug_into() {
     assert_eq!((max_cores(1), max_cores(100), max_cores(300)), (4, 255, 300));
-    let domain = describe(&stored("x"), &InstanceDir { path: "/s/one".into() }, &node());
+    let domain = describe(&stored("x"), &InstanceDir::at("/s/one"), &node());
     let devices = domain.at("devices").unwrap();
     let ports = devices.all("controller").filter(|c| c.attribute("model") == Some("pcie-root-port"));
     assert_eq!(ports.count(), OWN_PORTS + SPARE_PORTS);

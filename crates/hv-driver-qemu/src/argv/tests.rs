@@ -1,11 +1,10 @@
 //! Hostile values stay values.
 
-use hv_driver::InstanceConfig;
+use hv_driver::{DiskFormat, InstanceConfig};
 use hv_types::{InstanceSpec, Metadata};
 
 use super::*;
 use crate::files::StoredDisk;
-use crate::images::Format;
 
 fn stored(id: &str, name: &str) -> Stored {
     let spec = InstanceSpec { cpu_cores: 2, memory_bytes: (64 << 20) + 1, ..InstanceSpec::default() };
@@ -18,7 +17,7 @@ fn stored(id: &str, name: &str) -> Stored {
     };
     let disk = StoredDisk {
         file: "boot.qcow2".into(),
-        format: Format::Qcow2,
+        format: DiskFormat::Qcow2,
         serial: "a,b".into(),
         read_only: false,
         number: None,

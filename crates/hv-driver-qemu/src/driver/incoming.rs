@@ -5,7 +5,7 @@ use hv_driver::{Driver as _, DriverError, Incoming, IncomingRequest, InstanceCon
 use super::{Found, QemuDriver};
 use crate::argv::Launch;
 use crate::create::Disks;
-use crate::files::{INCOMING, InstanceDir};
+use crate::files::{DIR_MODE, INCOMING, InstanceDir};
 use crate::migration;
 use crate::migration::target::Expected;
 use crate::platform::Platform;
@@ -61,7 +61,7 @@ impl QemuDriver {
     ) -> Result<Incoming> {
         let id = &config.id;
         let failed = |problem: Problem| DriverError::failed(id, "prepare an incoming migration", problem);
-        let path = self.state.make(id).map_err(failed)?;
+        let path = self.state.make(id, DIR_MODE).map_err(failed)?;
         let dir = InstanceDir::open(path.clone()).map_err(Problem::file("open", &path)).map_err(failed)?;
         // First of all: whose disks they are decides what may be removed.
         let expected = Expected { request: request.clone(), waiting: None, arrived: false };

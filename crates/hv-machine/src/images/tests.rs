@@ -107,3 +107,23 @@ fn a_directory_that_is_not_there_has_no_images() {
     assert!(images.list().unwrap().is_empty());
     assert!(images.resolve(&image("x"), None).unwrap_err().contains("there are none in /nonexistent"));
 }
+
+/// What the store says counts, not what the file looks like.
+#[test]
+fn an_image_of_the_store_has_the_format_that_the_store_gives_it() {
+    let f = fixture();
+    let spec = image("registry.example/suite:1");
+    let boot =
+        |content| f.images.resolve(&spec, Some(&LocalImage { digest: "sha256:0".to_owned(), content }));
+    let path = f.dir.join("good.qcow2");
+    let raw = boot(ImageContent::Disk { path: path.clone(), format: DiskFormat::Raw }).unwrap().disk.unwrap();
+    assert_eq!((raw.format, raw.size_bytes), (DiskFormat::Raw, 512));
+    let qcow2 = boot(ImageContent::Disk { path, format: DiskFormat::Qcow2 }).unwrap().disk.unwrap();
+    assert_eq!((qcow2.format, qcow2.size_bytes), (DiskFormat::Qcow2, 5 << 20));
+    let backed = ImageContent::Disk { path: f.dir.join("backed.qcow2"), format: DiskFormat::Qcow2 };
+    assert!(boot(backed).unwrap_err().contains("depends on another file"));
+    let kernel = boot(ImageContent::Kernel { path: f.dir.join("vmlinuz") }).unwrap();
+    assert!(kernel.kernel.is_some() && kernel.disk.is_none());
+    let layout = ImageContent::Oci { layout: f.dir.clone(), manifest: "sha256:0".to_owned() };
+    assert!(boot(layout).unwrap_err().contains("container"));
+}

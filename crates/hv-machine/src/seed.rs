@@ -5,14 +5,17 @@
 use std::io::{self, Cursor, Write as _};
 
 use fatfs::{FatType, FileSystem, FormatVolumeOptions, FsOptions, format_volume};
-use hv_driver::InstanceConfig;
+use hv_types::InstanceId;
 
 /// Bytes of the volume beside the user data: tables, directory, meta data.
 const OVERHEAD_BYTES: usize = 256 << 10;
 
 /// The volume for an instance.
-pub(crate) fn volume(config: &InstanceConfig) -> io::Result<Vec<u8>> {
-    let size = (OVERHEAD_BYTES + config.spec.user_data.len()).next_multiple_of(64 << 10);
+///
+/// # Errors
+/// If the volume cannot be made of what the instance is given.
+pub fn volume(id: &InstanceId, name: &str, user_data: &str) -> io::Result<Vec<u8>> {
+    let size = (OVERHEAD_BYTES + user_data.len()).next_multiple_of(64 << 10);
     let mut bytes = vec![0; size];
     // A stable number, so that the same instance has the same volume.
     let options = FormatVolumeOptions::new()
@@ -22,8 +25,8 @@ pub(crate) fn volume(config: &InstanceConfig) -> io::Result<Vec<u8>> {
     format_volume(Cursor::new(&mut bytes), options)?;
     let volume = FileSystem::new(Cursor::new(&mut bytes), FsOptions::new())?;
     let root = volume.root_dir();
-    root.create_file("meta-data")?.write_all(meta_data(config).as_bytes())?;
-    root.create_file("user-data")?.write_all(config.spec.user_data.as_bytes())?;
+    root.create_file("meta-data")?.write_all(meta_data(id, name).as_bytes())?;
+    root.create_file("user-data")?.write_all(user_data.as_bytes())?;
     drop(root);
     volume.unmount()?;
     Ok(bytes)
@@ -31,32 +34,22 @@ pub(crate) fn volume(config: &InstanceConfig) -> io::Result<Vec<u8>> {
 
 /// One key a line, for readers simpler than cloud-init. A JSON string is a YAML string, and quotes whatever a name
 /// contains.
-fn meta_data(config: &InstanceConfig) -> String {
+fn meta_data(id: &InstanceId, name: &str) -> String {
     let quoted = |text: &str| serde_json::Value::from(text).to_string();
-    format!("instance-id: {}\nlocal-hostname: {}\n", quoted(config.id.as_str()), quoted(&config.name))
+    format!("instance-id: {}\nlocal-hostname: {}\n", quoted(id.as_str()), quoted(name))
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::Read as _;
 
-    use hv_types::{InstanceId, InstanceSpec, Metadata};
-
     use super::*;
 
     #[test]
     fn the_volume_carries_what_cloud_init_looks_for() {
         for user_data in [String::new(), "#cloud-config\nhostname: ü\n".to_owned(), "x".repeat(256 << 10)] {
-            let spec = InstanceSpec { user_data: user_data.clone(), ..InstanceSpec::default() };
             let id: InstanceId = "seeded".parse().unwrap();
-            let config = InstanceConfig {
-                id,
-                name: "a\"b, c".to_owned(),
-                spec,
-                metadata: Metadata::default(),
-                image: None,
-            };
-            let mut bytes = volume(&config).unwrap();
+            let mut bytes = volume(&id, "a\"b, c", &user_data).unwrap();
             let volume = FileSystem::new(Cursor::new(&mut bytes), FsOptions::new()).unwrap();
             assert_eq!(volume.volume_label(), "CIDATA");
             let read = |name: &str| {

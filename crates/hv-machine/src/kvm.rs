@@ -63,20 +63,30 @@ fn probe_firmware() -> Vec<u8> {
     firmware
 }
 
-/// Whether KVM runs guests at a processor's speed. The error says why not, and what to do.
-pub(crate) async fn probe(binary: &Path) -> Result<(), String> {
-    match fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => {}
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return Err(
-                "there is no /dev/kvm; enable virtualisation in the firmware and load kvm_intel or kvm_amd"
-                    .into(),
-            );
-        }
-        Err(e) => {
-            return Err(format!("/dev/kvm cannot be opened ({e}); add the agent's user to the group kvm"));
-        }
+/// Whether guests can be run on this device (`/dev/kvm`). The error says why not, and what to do.
+///
+/// # Errors
+/// If it is not there, or not ours to open.
+pub fn check(device: &Path) -> Result<(), String> {
+    match fs::OpenOptions::new().read(true).write(true).open(device) {
+        Ok(_) => Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Err(format!(
+            "there is no {}; enable virtualisation in the firmware and load kvm_intel or kvm_amd",
+            device.display()
+        )),
+        Err(e) => Err(format!(
+            "{} cannot be opened ({e}); run the agent as root, or add its user to the group kvm",
+            device.display()
+        )),
     }
+}
+
+/// Whether KVM runs guests of this QEMU at a processor's speed. The error says why not, and what to do.
+///
+/// # Errors
+/// As of [`check`], and if a guest does not run, or runs too slowly.
+pub async fn probe(binary: &Path) -> Result<(), String> {
+    check(Path::new("/dev/kvm"))?;
     let firmware = tempfile::NamedTempFile::new().map_err(|e| format!("the probe cannot be written: {e}"))?;
     fs::write(firmware.path(), probe_firmware()).map_err(|e| format!("the probe cannot be written: {e}"))?;
     run_probe(binary, "kvm", firmware.path(), PROBE_COUNT_TIMEOUT).await
