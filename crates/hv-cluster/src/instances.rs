@@ -2,6 +2,7 @@
 
 mod admission;
 mod change;
+mod clone;
 mod create;
 mod explain;
 mod filter;
@@ -17,6 +18,7 @@ use hv_types::{InstanceId, InstanceRecord, Invalid};
 use prost::Message;
 
 pub(crate) use admission::Admission;
+pub use clone::CloneRequest;
 pub use create::{MAX_SET, MAX_SET_NAME_BYTES};
 pub use explain::MAX_PREVIEW;
 pub(crate) use explain::Outlook;

@@ -10,10 +10,11 @@
 //! Ended operations are kept for a while, by age and by number, and then removed beside the leader's other work.
 
 pub(crate) mod drain;
+pub mod images;
 pub mod migrate;
 mod nodes;
 mod retention;
-mod snapshots;
+pub(crate) mod snapshots;
 mod work;
 
 use std::sync::{Arc, OnceLock};
@@ -24,7 +25,7 @@ use hv_store::record::Record;
 use hv_store::{Compare, Op};
 use hv_types::{OperationRecord, OperationState, Revision, ServiceError};
 
-pub use nodes::{Answer, Nodes};
+pub use nodes::{Answer, Nodes, PullProgress};
 pub use snapshots::SnapshotTask;
 
 use crate::Cluster;

@@ -22,6 +22,7 @@ impl Cluster {
                 self.operate_while_leading(&leadership),
                 self.migrate_while_leading(&leadership),
                 self.snapshot_while_leading(&leadership),
+                self.pull_images_while_leading(&leadership),
                 self.trim_operations_while_leading(&leadership),
             );
         });

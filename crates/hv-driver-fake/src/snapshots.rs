@@ -141,11 +141,16 @@ impl Shared {
     ) -> Result<Handle> {
         self.require(Capability::Clone, "clone")?;
         let id = &config.id;
+        let is_made = |record: &Record| record.phase != Phase::Creating;
+        // Its source may be gone since.
+        if let Some(record) = self.load(id, "clone")?.filter(is_made) {
+            return Ok(Self::handle(&record));
+        }
         let snapshot = find(&self.whole(source, "clone")?, name, "clone")?.clone();
         {
             let _live = self.live.lock();
             match self.load(id, "clone")? {
-                Some(record) if record.phase != Phase::Creating => return Ok(Self::handle(&record)),
+                Some(record) if is_made(&record) => return Ok(Self::handle(&record)),
                 Some(_) => {}
                 None => {
                     self.check(config)?;

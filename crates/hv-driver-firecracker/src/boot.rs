@@ -1,6 +1,5 @@
 //! What a VMM is told before its machine runs, in the order in which it must be told.
 
-use hv_driver::InstanceConfig;
 use hv_types::{InstanceSpec, ResourceLimits};
 use serde_json::{Value, json};
 
@@ -46,7 +45,7 @@ pub(crate) async fn boot(api: &mut Api, stored: &Stored, track_dirty_pages: bool
         let (host_dev_name, guest_mac) = (tap::name(stored.uid), tap::mac(stored.uid));
         api.set_interface(&NetworkInterface { iface_id: INTERFACE, host_dev_name, guest_mac }).await?;
         api.set_mmds(&MmdsConfig { version: "V2", network_interfaces: [INTERFACE] }).await?;
-        api.set_metadata(&metadata(&stored.config)).await?;
+        api.set_metadata(&metadata(stored)).await?;
     }
     let balloon =
         Balloon { amount_mib: 0, deflate_on_oom: true, stats_polling_interval_s: BALLOON_INTERVAL_S };
@@ -82,7 +81,7 @@ pub(crate) async fn load(api: &mut Api, stored: &Stored, track: bool, after: Aft
 /// Tells a machine that is there what can be told to it: its metadata, and how fast its disks may be.
 pub(crate) async fn retell(api: &mut Api, stored: &Stored) -> Outcome<()> {
     if stored.has_interface() {
-        api.set_metadata(&metadata(&stored.config)).await?;
+        api.set_metadata(&metadata(stored)).await?;
     }
     let limit = limiter(stored.config.spec.limits.as_ref());
     let rate_limiter = limit.unwrap_or(RateLimiter::bytes_per_second(0));
@@ -124,10 +123,12 @@ fn limiter(limits: Option<&ResourceLimits>) -> Option<RateLimiter> {
     least.map(RateLimiter::bytes_per_second)
 }
 
-/// What the guest reads at 169.254.169.254: laid out as EC2's metadata, which cloud-init knows.
-fn metadata(config: &InstanceConfig) -> Value {
-    let name = &config.name;
-    let meta = json!({ "instance-id": config.id.as_str(), "local-hostname": name, "hostname": name });
+/// What the guest reads at 169.254.169.254: laid out as EC2's metadata, which cloud-init knows. A clone that goes on from
+/// memory learns its card's own address from there: the card that it remembers is its source's.
+fn metadata(stored: &Stored) -> Value {
+    let config = &stored.config;
+    let (id, name, mac) = (config.id.as_str(), &config.name, tap::mac(stored.uid));
+    let meta = json!({ "instance-id": id, "local-hostname": name, "hostname": name, "mac": mac });
     json!({ "latest": { "meta-data": meta, "user-data": config.spec.user_data } })
 }
 

@@ -33,7 +33,7 @@ impl Ask {
         let rules = &record.placement;
         let shape = (
             record.instance_type,
-            record.spec.image.as_str(),
+            record.spec.needed_image(),
             (&rules.preferred_node, &rules.region, &rules.zone),
             (rules.node_selector.requirements(), &rules.tolerations),
         );
@@ -43,7 +43,7 @@ impl Ask {
             created_at: record.created_at,
             project: record.project.as_str().into(),
             name: record.name.as_str().into(),
-            image: record.spec.image.as_str().into(),
+            image: record.spec.needed_image().into(),
             instance_type: record.instance_type,
             resources: record.resources(),
             metadata: record.metadata.clone(),

@@ -20,7 +20,9 @@ use crate::validate::{self, Invalid};
 
 pub mod spec;
 
-pub use spec::{DiskSpec, Firmware, HealthCheck, InstanceSpec, NetworkSpec, ResourceLimits, VolumeMount};
+pub use spec::{
+    CloneOrigin, DiskSpec, Firmware, HealthCheck, InstanceSpec, NetworkSpec, ResourceLimits, VolumeMount,
+};
 
 /// The project of everything that names none.
 pub const DEFAULT_PROJECT: &str = "default";

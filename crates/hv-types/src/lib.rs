@@ -20,8 +20,8 @@ pub use event::Event;
 pub use id::{ClusterId, Epoch, InstanceId, NodeId, RequestKey, Revision};
 pub use image::ImageInfo;
 pub use instance::{
-    DiskSpec, Firmware, HealthCheck, InstanceRecord, InstanceSpec, InstanceState, InstanceType, NetworkSpec,
-    ResourceLimits, VolumeMount, Wanted,
+    CloneOrigin, DiskSpec, Firmware, HealthCheck, InstanceRecord, InstanceSpec, InstanceState, InstanceType,
+    NetworkSpec, ResourceLimits, VolumeMount, Wanted,
 };
 pub use label::{Labels, Metadata, Selector};
 pub use node::{DriverInfo, NodeCondition, NodeRecord, NodeRole, NodeStatus};

@@ -75,16 +75,19 @@ pub enum OperationKind {
     DeleteSnapshot,
     /// An instance returns to a snapshot.
     RevertInstance,
+    /// Nodes fetch an image.
+    PullImage,
 }
 
 impl OperationKind {
     /// Every kind.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::DrainNode,
         Self::MigrateInstance,
         Self::SnapshotInstance,
         Self::DeleteSnapshot,
         Self::RevertInstance,
+        Self::PullImage,
     ];
 
     /// As the wire and people spell it.
@@ -96,6 +99,7 @@ impl OperationKind {
             Self::SnapshotInstance => "snapshot-instance",
             Self::DeleteSnapshot => "delete-snapshot",
             Self::RevertInstance => "revert-instance",
+            Self::PullImage => "pull-image",
         }
     }
 }
@@ -129,7 +133,7 @@ pub struct OperationRecord {
     pub id: String,
     /// What is done.
     pub kind: OperationKind,
-    /// `node` or `instance`.
+    /// `node`, `instance` or `image`.
     pub object_kind: String,
     /// What it works on.
     pub object_id: String,

@@ -153,6 +153,25 @@ impl DriverSet {
         Some(first)
     }
 
+    /// The driver for a new instance that is made from another: of those that run its type the one that has that other,
+    /// else the first.
+    pub(crate) async fn for_clone(
+        &self,
+        instance_type: InstanceType,
+        source: &InstanceId,
+        deadline: Duration,
+    ) -> Option<Arc<dyn Driver>> {
+        for driver in self.drivers.iter().filter(|driver| driver.instance_type() == instance_type) {
+            let known = tokio::time::timeout(deadline, driver.list()).await;
+            if let Ok(Ok(known)) = known
+                && known.contains(source)
+            {
+                return Some(Arc::clone(driver));
+            }
+        }
+        self.for_type(instance_type)
+    }
+
     /// The first driver of a type.
     pub(crate) fn for_type(&self, instance_type: InstanceType) -> Option<Arc<dyn Driver>> {
         self.drivers.iter().find(|driver| driver.instance_type() == instance_type).cloned()

@@ -7,7 +7,7 @@ use hv_driver::{Observed, Running};
 use hv_proto::convert;
 use hv_proto::v1;
 use hv_types::instance::{Binding, FailoverPolicy};
-use hv_types::{InstanceRecord, InstanceState, NodeId, Revision};
+use hv_types::{InstanceRecord, InstanceState, NodeId, Resources, Revision};
 
 use crate::entry::{Entry, Origin};
 
@@ -79,6 +79,7 @@ impl View {
             restart_count: entry.restarts.count,
             recovery_note: String::new(),
             update_note: entry.update_note.chars().take(MAX_REASON_CHARACTERS).collect(),
+            holds: Resources::default(),
             migration: None,
             revision: Revision::default(),
         };

@@ -253,8 +253,12 @@ impl Worker {
         self.driver = match &entry.driver {
             Some(name) => self.context.drivers.named(name),
             None => {
-                let (image, deadline) = (&entry.config.spec.image, self.context.tuning.look_deadline);
-                self.context.drivers.for_instance(entry.instance_type, image, deadline).await
+                let (drivers, deadline) = (&self.context.drivers, self.context.tuning.look_deadline);
+                let spec = &entry.config.spec;
+                match &spec.clone_of {
+                    Some(from) => drivers.for_clone(entry.instance_type, &from.instance, deadline).await,
+                    None => drivers.for_instance(entry.instance_type, &spec.image, deadline).await,
+                }
             }
         };
         if let Some(driver) = &self.driver {
@@ -346,7 +350,9 @@ impl Worker {
         if session.is_some() && !self.announce(step, seen, &driver).await {
             return;
         }
-        if step == Step::Create && !self.provide_image(&driver, serial).await {
+        // What is made from a snapshot needs no image.
+        let needs_image = step == Step::Create && self.entry.config.spec.clone_of.is_none();
+        if needs_image && !self.provide_image(&driver, serial).await {
             return;
         }
         if step == Step::Create && *seen == Observed::Absent {

@@ -1,5 +1,6 @@
 //! The command tree: every command, flag and help text.
 
+mod clone;
 mod image;
 mod instance;
 mod migrate;
@@ -16,6 +17,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use hv_config::HumanDuration;
 use hv_telemetry::{LogLevel, RequestId};
 
+pub use clone::CloneArgs;
 pub use image::{
     ImageCommand, ImageDeleteArgs, ImageGcArgs, ImageListArgs, ImageNameArgs, ImagePullArgs, ImagePushArgs,
 };

@@ -2,6 +2,7 @@
 
 mod apply;
 mod change;
+mod clone;
 mod cluster;
 mod console;
 mod create;

@@ -8,6 +8,7 @@ mod interactive;
 mod migration;
 mod nodes;
 mod operations;
+mod pulls;
 mod request;
 mod snapshots;
 mod store;

@@ -34,6 +34,7 @@ const METHODS: &[(&str, Kind)] = &[
     ("/hypervisor.v1.ClusterService/WatchEvents", Kind::Read),
     ("/hypervisor.v1.ClusterService/WatchNodes", Kind::Read),
     ("/hypervisor.v1.ComputeService/AttachConsole", Kind::Read),
+    ("/hypervisor.v1.ComputeService/CloneInstance", Kind::Change),
     ("/hypervisor.v1.ComputeService/CollectImages", Kind::Change),
     ("/hypervisor.v1.ComputeService/Console", Kind::Change),
     ("/hypervisor.v1.ComputeService/CreateInstance", Kind::Change),

@@ -57,7 +57,7 @@ impl Summary {
     fn admits(&self, record: &InstanceRecord) -> bool {
         let part = InstanceType::ALL.iter().position(|t| *t == record.instance_type);
         let Some(part) = part.and_then(|index| self.types.get(index)) else { return false };
-        let image = &record.spec.image;
+        let image = record.spec.needed_image();
         let need = record.resources();
         !part.runs
             || ((image.is_empty() || part.any_image || part.images.contains(image))
@@ -138,7 +138,7 @@ type Able<'a> = [&'a Arc<NodeRecord>];
 fn check_image(able: &Able<'_>, record: &InstanceRecord) -> Result<()> {
     /// How many images a refusal names.
     const NAMED: usize = 10;
-    let image = &record.spec.image;
+    let image = record.spec.needed_image();
     if able.iter().any(|node| node.has_image(record.instance_type, image)) {
         return Ok(());
     }

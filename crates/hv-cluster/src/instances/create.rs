@@ -113,7 +113,11 @@ impl Cluster {
         }
     }
 
-    async fn create_recorded(&self, mutation: &Mutation, is_set: bool) -> Result<Option<Done<Reply>>> {
+    pub(super) async fn create_recorded(
+        &self,
+        mutation: &Mutation,
+        is_set: bool,
+    ) -> Result<Option<Done<Reply>>> {
         Ok(if is_set {
             let done = self.recorded::<v1::CreateInstancesResponse>(mutation).await?;
             done.map(|done| Done { reply: Reply::Set(done.reply), revision: done.revision, fresh: false })

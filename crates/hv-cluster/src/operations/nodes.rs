@@ -67,7 +67,22 @@ pub trait Nodes: Send + Sync + 'static {
         let _ = (node, instance);
         Err(cannot("snapshots"))
     }
+
+    /// Fetches an image and tells `progress` how far it is; asked again it goes on where it was (`PullImage`). Dropped,
+    /// it ends on the node too.
+    async fn pull_image(
+        &self,
+        node: &NodeId,
+        request: v1::PullImageRequest,
+        progress: &PullProgress<'_>,
+    ) -> Answer<()> {
+        let _ = (node, request, progress);
+        Err(cannot("image store"))
+    }
 }
+
+/// Is told how far a node is: a word, bytes done, bytes in all (0: not known).
+pub type PullProgress<'a> = dyn Fn(&str, u64, u64) + Send + Sync + 'a;
 
 /// What a node says that cannot do it at all.
 fn cannot(what: &str) -> ServiceError {

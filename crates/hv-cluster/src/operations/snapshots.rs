@@ -41,7 +41,7 @@ const BEGUN: &str = ".begun";
 /// How many operations of this kind may wait for one instance.
 const MAX_WAITING: usize = 16;
 /// How long a request waits for a node to say which snapshots there are.
-const LOOK_LIMIT: Duration = Duration::from_secs(3);
+pub(crate) const LOOK_LIMIT: Duration = Duration::from_secs(3);
 
 /// What is to be done with the snapshots of an instance.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,7 +92,9 @@ impl SnapshotTask {
             }
             OperationKind::DeleteSnapshot => Self::Delete(name),
             OperationKind::RevertInstance => Self::Revert(name),
-            OperationKind::DrainNode | OperationKind::MigrateInstance => return None,
+            OperationKind::DrainNode | OperationKind::MigrateInstance | OperationKind::PullImage => {
+                return None;
+            }
         })
     }
 
@@ -117,7 +119,7 @@ fn exists(record: &InstanceRecord, name: &str) -> Error {
 }
 
 /// The node that has the instance, if something can be asked of it there.
-fn on_node<'a>(record: &'a InstanceRecord, asked: &str) -> Result<&'a NodeId> {
+pub(crate) fn on_node<'a>(record: &'a InstanceRecord, asked: &str) -> Result<&'a NodeId> {
     migrate::refuse_while_migrating(record, asked)?;
     if record.wanted == Wanted::Deleted {
         return Err(Error::precondition(format!("instance {} is being deleted", record.name)));

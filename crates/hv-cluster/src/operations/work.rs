@@ -201,7 +201,8 @@ impl Cluster {
                 OperationKind::MigrateInstance
                 | OperationKind::SnapshotInstance
                 | OperationKind::DeleteSnapshot
-                | OperationKind::RevertInstance => return Ok(None),
+                | OperationKind::RevertInstance
+                | OperationKind::PullImage => return Ok(None),
             };
             if step.operation == *before && step.released.is_empty() {
                 return Ok(None);

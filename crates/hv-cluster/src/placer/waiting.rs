@@ -127,7 +127,7 @@ impl Waiting {
         Kind {
             instance_type: record.instance_type,
             resources: record.resources(),
-            image: record.spec.image.clone(),
+            image: record.spec.needed_image().to_owned(),
             project: record.project.clone(),
             labels: record.metadata.labels.clone(),
             placement: rules.clone(),

@@ -1,6 +1,7 @@
 //! Claims about the cluster's decisions, on real stores.
 
 mod change;
+mod clones;
 mod create;
 mod election;
 mod events;
@@ -12,6 +13,7 @@ mod movers;
 mod nodes;
 mod operations;
 mod placement;
+mod pulls;
 mod reports;
 mod sets;
 mod snapshots;

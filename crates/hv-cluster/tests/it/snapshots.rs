@@ -15,16 +15,16 @@ use tokio::sync::Semaphore;
 use crate::world::{Server, asked, code, config, disk, keyed, node, until};
 
 /// Nodes that keep the names of snapshots, and answer when they may.
-struct Keeper {
-    kept: Mutex<BTreeSet<String>>,
+pub(crate) struct Keeper {
+    pub(crate) kept: Mutex<BTreeSet<String>>,
     calls: AtomicUsize,
     /// A call that changes something takes one of these.
     may_answer: Semaphore,
-    is_away: AtomicBool,
+    pub(crate) is_away: AtomicBool,
 }
 
 impl Keeper {
-    fn new(answers: usize) -> Arc<Self> {
+    pub(crate) fn new(answers: usize) -> Arc<Self> {
         Arc::new(Self {
             kept: Mutex::default(),
             calls: AtomicUsize::new(0),

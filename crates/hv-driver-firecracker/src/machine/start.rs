@@ -7,7 +7,6 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hv_driver::{DriverError, Exit};
-use hv_machine::notify::Notify;
 use hv_machine::process::Process;
 use parking_lot::Mutex;
 use tokio::process::Child;

@@ -144,6 +144,12 @@ async fn a_fleet_is_started_from_one_snapshot() {
             let (status, told) = ask(&subject, &config.id, "GET /mmds", "");
             assert!(status == 200 && told.contains(&format!("who=clone-{number}")), "{told}");
             assert!(told.contains(config.id.as_str()) && !told.contains(source.id.as_str()), "{told}");
+            let (_, of_source) = ask(&subject, &source.id, "GET /mmds", "");
+            let mac = |told: &str| {
+                let told: serde_json::Value = serde_json::from_str(told).unwrap();
+                told["latest"]["meta-data"]["mac"].as_str().unwrap().to_owned()
+            };
+            assert_ne!(mac(&told), mac(&of_source));
         }
     }
     // The source and its snapshot go; the fleet stays, and each boots by itself when it is started again.

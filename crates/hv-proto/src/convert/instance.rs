@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use hv_types::instance::{Binding, DEFAULT_PROJECT, FailoverPolicy, HealthCheck, Migration, StopOptions};
+use hv_types::instance::{
+    Binding, CloneOrigin, DEFAULT_PROJECT, FailoverPolicy, HealthCheck, Migration, StopOptions,
+};
 use hv_types::{
     DiskSpec, Epoch, InstanceId, InstanceRecord, InstanceSpec, InstanceState, InstanceType, Invalid,
     Metadata, NetworkSpec, PlacementRules, ResourceLimits, Resources, Revision, VolumeMount, Wanted,
@@ -170,6 +172,10 @@ pub fn spec_to(spec: &InstanceSpec) -> v1::InstanceSpec {
             retries: check.retries,
             start_seconds: check.start_seconds,
         }),
+        clone_of: spec.clone_of.as_ref().map(|origin| v1::CloneOrigin {
+            instance_id: origin.instance.to_string(),
+            snapshot: origin.snapshot.clone(),
+        }),
     }
 }
 
@@ -237,7 +243,13 @@ pub fn spec_from(spec: v1::InstanceSpec) -> Result<InstanceSpec, Invalid> {
         user: spec.user,
         working_dir: spec.working_dir,
         health_check: spec.health_check.map(health_check_from),
+        clone_of: spec.clone_of.map(clone_of_from).transpose()?,
     })
+}
+
+fn clone_of_from(origin: v1::CloneOrigin) -> Result<Box<CloneOrigin>, Invalid> {
+    validate::name("spec.clone_of.snapshot", &origin.snapshot)?;
+    Ok(Box::new(CloneOrigin { instance: origin.instance_id.parse()?, snapshot: origin.snapshot }))
 }
 
 /// A health check, with the defaults where nothing is said.
@@ -274,6 +286,10 @@ pub fn create_request_from(request: v1::CreateInstanceRequest) -> Result<Instanc
     let instance_type = instance_type_from(request.r#type)?
         .ok_or_else(|| Invalid::new("type", "", "must be `vm`, `container` or `microvm`"))?;
     let spec = request.spec.ok_or_else(|| Invalid::new("spec", "", "must be given"))?;
+    if let Some(origin) = &spec.clone_of {
+        let expected = "is set for instances that are made from a snapshot; ask for a clone of that";
+        return Err(Invalid::new("spec.clone_of", &origin.instance_id, expected));
+    }
     let preferred = request.preferred_node_id;
     let record = InstanceRecord {
         project: project_from(request.project)?,

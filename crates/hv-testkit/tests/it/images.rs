@@ -5,6 +5,8 @@ use futures::StreamExt as _;
 use hv_client::ComputeClient;
 use hv_proto::v1;
 use hv_testkit::{AgentOptions, Ask, Cluster, ClusterOptions, create_request, until};
+use sha2::{Digest as _, Sha256};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::Code;
 
 const VM: i32 = v1::InstanceType::Vm as i32;
@@ -135,6 +137,11 @@ async fn an_image_is_pulled_to_nodes_and_preferred_where_it_is() -> Result<()> {
         }
         let all = pulled(&client, &image, None).await?;
         ensure!(all.completed && all.total == 2, "{all:?}");
+        let request = v1::GetOperationRequest { operation_id: all.operation_id };
+        let operation = cluster.clients()?.operations().get_operation(request).await?.into_inner();
+        let results = operation.parameters.iter().filter(|(name, _)| name.starts_with("node."));
+        ensure!(operation.kind == "pull-image" && operation.state() == v1::OperationState::Succeeded);
+        ensure!(results.filter(|(_, result)| *result == "done").count() == 2, "{operation:?}");
         Ok(())
     };
     let outcome: Result<()> = work.await;
@@ -164,4 +171,96 @@ async fn an_image_that_cannot_be_had_fails_its_instance_with_the_reason() -> Res
     };
     let outcome: Result<()> = work.await;
     outcome.map_err(|error| error.context(cluster.logs()))
+}
+
+/// A web server that sends the first half of an image, and the rest once it may; its address and its digest.
+async fn slow_source(may_end: tokio::sync::watch::Receiver<bool>) -> Result<(String, String)> {
+    const HALF: usize = 1 << 20;
+    let content = vec![7; 2 * HALF];
+    let digest = Sha256::digest(&content).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?.to_string();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let (mut may_end, content) = (may_end.clone(), content.clone());
+            tokio::spawn(async move {
+                let mut head = [0; 4096];
+                let _request = stream.read(&mut head).await?;
+                let answer =
+                    format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", 2 * HALF);
+                stream.write_all(answer.as_bytes()).await?;
+                stream.write_all(&content[..HALF]).await?;
+                // The sender outlives the test's cluster.
+                let _ = may_end.wait_for(|may_end| *may_end).await;
+                stream.write_all(&content[HALF..]).await
+            });
+        }
+    });
+    Ok((address, format!("sha256:{digest}")))
+}
+
+/// Follows a pull until `enough`; the last message.
+async fn followed(
+    cluster: &Cluster,
+    request: &v1::PullImageRequest,
+    enough: impl Fn(&v1::PullImageProgress) -> bool,
+) -> Result<v1::PullImageProgress> {
+    until("the pull to come so far", async || {
+        let Ok(steps) = cluster.clients()?.compute().pull_image(request.clone()).await else {
+            return Ok(None);
+        };
+        let mut steps = steps.into_inner();
+        while let Ok(Some(step)) = steps.message().await {
+            if enough(&step) {
+                return Ok(Some(step));
+            }
+        }
+        Ok(None)
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pull_survives_its_server_and_says_which_node_failed_and_why() -> Result<()> {
+    let (open, may_end) = tokio::sync::watch::channel(false);
+    let (source, digest) = slow_source(may_end).await?;
+    let mut cluster = Cluster::start(ClusterOptions::default()).await?;
+    for allowed in [format!("[{source}]"), "[]".to_owned()] {
+        let env = vec![("HYPERVISOR_IMAGES_ALLOWED_PLAIN_HTTP", allowed)];
+        cluster.add_agent(AgentOptions { drivers: vec!["fake"], env, ..AgentOptions::default() }).await?;
+    }
+    cluster.until_ready(2).await?;
+    let request = v1::PullImageRequest {
+        image_ref: format!("http://{source}/disk.raw"),
+        r#type: VM,
+        name: "slow".into(),
+        digest,
+        request_key: "pull".into(),
+        ..v1::PullImageRequest::default()
+    };
+    let outcome = lose_the_server(&mut cluster, &request, &open).await;
+    outcome.map_err(|error| error.context(cluster.logs()))
+}
+
+async fn lose_the_server(
+    cluster: &mut Cluster,
+    request: &v1::PullImageRequest,
+    may_end: &tokio::sync::watch::Sender<bool>,
+) -> Result<()> {
+    let under_way = followed(cluster, request, |step| step.current > 0).await?;
+    let failed = followed(cluster, request, |step| step.status == "failed").await?;
+    ensure!(failed.error.contains("not allowed") && !failed.node_name.is_empty(), "{failed:?}");
+    if let Some(server) = cluster.server() {
+        server.kill()?;
+    }
+    cluster.revive().await?;
+    may_end.send_replace(true);
+    let last = followed(cluster, request, |step| step.node_id.is_empty()).await?;
+    ensure!(last.operation_id == under_way.operation_id, "another operation was begun: {last:?}");
+    let says_who = last.error.contains(&failed.node_name) && last.error.contains("not allowed");
+    ensure!(!last.completed && says_who && last.current == 1 && last.total == 2, "{last:?}");
+    let shown = cluster.ctl(&["operation", "get", &last.operation_id, "-o", "json"]).await?;
+    let done = format!("\"node.{}\": \"done\"", under_way.node_id);
+    ensure!(shown.contains(&done), "{shown}");
+    Ok(())
 }

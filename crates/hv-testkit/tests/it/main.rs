@@ -2,6 +2,7 @@
 
 mod capacity;
 mod chaos;
+mod clones;
 mod crash;
 mod disks;
 mod images;

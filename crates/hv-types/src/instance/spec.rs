@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Environment, InstanceType};
+use crate::id::InstanceId;
 use crate::resources::{MIB, Resources};
 use crate::validate::{self, Invalid};
 
@@ -74,6 +75,18 @@ pub struct InstanceSpec {
     /// How a container is known to be well.
     #[serde(default)]
     pub health_check: Option<HealthCheck>,
+    /// What it is made from instead of its image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clone_of: Option<Box<CloneOrigin>>,
+}
+
+/// The snapshot of another instance that one is made from; it lies on the node of that one.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct CloneOrigin {
+    /// Whose snapshot it is.
+    pub instance: InstanceId,
+    /// The snapshot's name.
+    pub snapshot: String,
 }
 
 /// How a virtual machine boots.
@@ -226,6 +239,12 @@ pub struct ResourceLimits {
 }
 
 impl InstanceSpec {
+    /// The image that its node must have to make it; empty where it needs none.
+    #[must_use]
+    pub fn needed_image(&self) -> &str {
+        if self.clone_of.is_some() { "" } else { &self.image }
+    }
+
     /// What the scheduler counts. Disks count with the size asked for.
     #[must_use]
     pub fn resources(&self) -> Resources {

@@ -60,7 +60,10 @@ pub(super) fn request(
     };
     Box::pin(async move {
         let handle = match step {
-            Step::Create => driver.create(&config).await.map(Some),
+            Step::Create => match &config.spec.clone_of {
+                Some(from) => driver.clone_snapshot(&from.instance, &from.snapshot, &config).await.map(Some),
+                None => driver.create(&config).await.map(Some),
+            },
             Step::Start => driver.start(&config.id).await.map(Some),
             Step::Stop => driver.stop(&config.id, mode).await.map(|()| None),
             Step::Pause => driver.pause(&config.id).await.map(|()| None),

@@ -98,3 +98,48 @@ async fn a_snapshot_waits_for_the_step_that_is_under_way() {
     let made = node.client().create_snapshot(named("one", true)).await.unwrap().into_inner();
     assert!(!made.memory, "it was taken while the driver was stopping it");
 }
+
+/// An instance that is to be made from a snapshot of `a`.
+fn clone_of_a(id: &str, snapshot: &str, script: &[(&str, &str)]) -> v1::Assignment {
+    let origin = v1::CloneOrigin { instance_id: "a".into(), snapshot: snapshot.into() };
+    let made = scripted(id, script);
+    let spec = v1::InstanceSpec { clone_of: Some(origin), ..made.spec.clone().unwrap_or_default() };
+    v1::Assignment { spec: Some(spec), ..made }
+}
+
+#[tokio::test]
+async fn a_clone_is_made_from_the_snapshot_and_does_not_need_its_source() {
+    let control = Control::start().await;
+    let node = Node::started(&control).await;
+    control.assign(assignment("a"));
+    control.settled("a", InstanceState::Running).await;
+    node.client().create_snapshot(named("warm", true)).await.unwrap();
+    control.assign(clone_of_a("b", "warm", &[("fail-clone", "2")]));
+    control.assign(clone_of_a("c", "warm", &[]));
+    for id in ["b", "c"] {
+        control.settled(id, InstanceState::Running).await;
+        assert_eq!((node.count(id, LedgerEvent::Created), node.count(id, LedgerEvent::Started)), (1, 1));
+    }
+    control.want("a", InstanceWanted::Deleted);
+    control.gone("a").await;
+    control.want("b", InstanceWanted::Stopped);
+    control.settled("b", InstanceState::Stopped).await;
+    control.want("b", InstanceWanted::Running);
+    control.settled("b", InstanceState::Running).await;
+    assert_eq!(node.count("b", LedgerEvent::Created), 1);
+}
+
+#[tokio::test]
+async fn a_clone_of_what_is_not_there_fails_and_leaves_nothing() {
+    let control = Control::start().await;
+    let node = Node::started(&control).await;
+    control.assign(assignment("a"));
+    control.settled("a", InstanceState::Running).await;
+    control.assign(clone_of_a("b", "never", &[]));
+    let failed = control.settled("b", InstanceState::Failed).await;
+    assert!(failed.state_reason.contains("never"), "{failed:?}");
+    assert_eq!(node.count("b", LedgerEvent::Created), 0);
+    control.want("b", InstanceWanted::Deleted);
+    control.gone("b").await;
+    control.settled("a", InstanceState::Running).await;
+}

@@ -461,6 +461,8 @@ impl Spec {
             user: self.user.unwrap_or_default(),
             working_dir: self.working_dir.unwrap_or_default(),
             health_check: self.health_check,
+            // Only `instance clone` makes instances from snapshots.
+            clone_of: None,
         }
     }
 }

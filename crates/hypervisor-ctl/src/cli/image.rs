@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use hv_config::HumanDuration;
 use hv_types::InstanceType;
 
-use super::value;
+use super::{RequestKeyArgs, WaitArgs, value};
 
 /// `image …`.
 #[derive(Debug, Subcommand)]
@@ -57,12 +57,21 @@ pub struct ImagePullArgs {
     /// The name under which it is kept; default: the reference
     #[arg(long)]
     pub name: Option<String>,
-    /// Only on this node, by name or id; repeatable; default: every node that is ready and runs the type
-    #[arg(long = "node", value_name = "NODE")]
+    /// Only on these nodes, by name or id; default: every node that is ready and runs the type
+    #[arg(long = "node", visible_alias = "nodes", value_name = "NODE", value_delimiter = ',')]
     pub nodes: Vec<String>,
     /// What it must be: sha256: and 64 hexadecimal digits
     #[arg(long, value_name = "DIGEST")]
     pub digest: Option<String>,
+    /// How many nodes fetch at once, up to 16 [default: 16]
+    #[arg(long, value_name = "NODES", value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub max_parallel: Option<u32>,
+    /// Whether to wait.
+    #[command(flatten)]
+    pub wait: WaitArgs,
+    /// The request's identity.
+    #[command(flatten)]
+    pub key: RequestKeyArgs,
 }
 
 /// `image push`.

@@ -7,7 +7,7 @@ use hv_config::HumanDuration;
 use hv_types::{InstanceState, InstanceType};
 
 use super::placement::ShapeArgs;
-use super::{MigrateArgs, RequestKeyArgs, SnapshotCommand, UpdateArgs, WaitArgs, value};
+use super::{CloneArgs, MigrateArgs, RequestKeyArgs, SnapshotCommand, UpdateArgs, WaitArgs, value};
 
 /// What can be done with instances.
 #[derive(Debug, Subcommand)]
@@ -48,6 +48,8 @@ Examples:
     /// Keep what an instance is, and return to it
     #[command(subcommand, visible_alias = "snapshots")]
     Snapshot(SnapshotCommand),
+    /// Make new instances from a snapshot
+    Clone(CloneArgs),
     /// Move a running instance to another node without stopping it
     Migrate(MigrateArgs),
     /// Remove an instance with its disks

@@ -32,10 +32,21 @@ pub(super) async fn run(
         Some(count) => create_set(context, request, count).await?,
         None => vec![create(context, &request).await?],
     };
+    follow(context, only, created, args.wait.no_wait, began).await
+}
+
+/// Waits until instances run, unless told not to, and tells of each.
+pub(super) async fn follow(
+    context: &Context,
+    only: Option<InstanceType>,
+    created: Vec<v1::Instance>,
+    no_wait: bool,
+    began: Instant,
+) -> Result<u8, CtlError> {
     let mut done = Vec::with_capacity(created.len());
     let end = deadline(context.server.timeout);
     for instance in created {
-        done.push(if args.wait.no_wait {
+        done.push(if no_wait {
             let (name, id) = (escape(&instance.name), escape(&instance.id));
             let state = state_name(instance.state());
             context.output.confirm(format!("instance {name} is {state} (id {id})"))?;
@@ -78,8 +89,16 @@ async fn create_set(
     let server = &context.server;
     let request = v1::CreateInstancesRequest { template: Some(template), count };
     let answer = server.call(async || server.compute().create_instances(request.clone()).await).await?;
-    let mut instances = Vec::with_capacity(answer.instances.len());
-    for created in answer.instances {
+    read(server, answer.instances).await
+}
+
+/// Reads instances that were created.
+pub(super) async fn read(
+    server: &Server,
+    created: Vec<v1::CreatedInstance>,
+) -> Result<Vec<v1::Instance>, CtlError> {
+    let mut instances = Vec::with_capacity(created.len());
+    for created in created {
         let request = v1::GetInstanceRequest { instance_id: created.id };
         instances.push(server.call(async || server.compute().get_instance(request.clone()).await).await?);
     }

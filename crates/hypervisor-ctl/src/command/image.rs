@@ -1,11 +1,12 @@
 //! `image …`.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures::{StreamExt as _, stream};
 use hv_proto::convert::instance_type_to;
 use hv_proto::v1;
+use hv_types::{ErrorCode, ServiceError};
 use tokio::io::AsyncReadExt as _;
 
 use super::Context;
@@ -14,10 +15,15 @@ use crate::error::{CtlError, exit_code};
 use crate::output::OutputFormat;
 use crate::output::text::escape;
 use crate::reference;
+use crate::server::RequestKeys;
 use crate::show::node::{collected_table, image_page, image_table};
 
 /// Objects per page.
 const PAGE_SIZE: i32 = 500;
+/// How often a pull is followed again after its stream broke off.
+const MAX_BROKEN: u32 = 60;
+/// The pause before that.
+const BROKEN_PAUSE: Duration = Duration::from_secs(1);
 /// Bytes of one message of an upload.
 const CHUNK_BYTES: usize = 256 << 10;
 
@@ -73,29 +79,32 @@ async fn ids(context: &Context, names: &[String]) -> Result<Vec<String>, CtlErro
 }
 
 async fn pull(context: &Context, args: ImagePullArgs) -> Result<u8, CtlError> {
-    let server = &context.server;
     let request = v1::PullImageRequest {
         image_ref: args.reference.clone(),
         r#type: instance_type_to(args.r#type).into(),
         node_ids: ids(context, &args.nodes).await?,
         name: args.name.unwrap_or_default(),
         digest: args.digest.unwrap_or_default(),
-        request_key: String::new(),
+        request_key: RequestKeys::new(&args.key).next(),
+        max_parallel: args.max_parallel.unwrap_or_default(),
     };
-    let mut steps = server.call(async || server.compute().pull_image(request.clone()).await).await?;
-    let mut progress = context.progress();
-    let mut last = v1::PullImageProgress::default();
-    while let Some(step) = steps.message().await.map_err(|status| server.error(&status))? {
-        if step.node_id.is_empty() {
-            last = step;
-        } else if !step.completed {
-            progress.update(&told(&step));
+    let last = follow(context, &request, args.wait.no_wait).await?;
+    if args.wait.no_wait && !last.operation_id.is_empty() {
+        if context.output.format.is_for_people() {
+            let (image, id) = (escape(&args.reference), escape(&last.operation_id));
+            context.output.confirm(format!(
+                "image {image} is being fetched; follow it with `hypervisor-ctl operation watch {id}`"
+            ))?;
+        } else {
+            context.output.message("how far it is", &last)?;
         }
+        return Ok(exit_code::OK);
     }
-    progress.clear();
     if !last.completed {
-        let why = if last.error.is_empty() { "the server broke off; pull it again" } else { &last.error };
-        return Err(CtlError::Precondition(format!("image {} was not fetched: {why}", args.reference)));
+        return Err(CtlError::Precondition(format!(
+            "image {} was not fetched: {}",
+            args.reference, last.error
+        )));
     }
     if context.output.format.is_for_people() {
         let nodes = if last.total == 1 { "1 node".to_owned() } else { format!("{} nodes", last.total) };
@@ -106,10 +115,66 @@ async fn pull(context: &Context, args: ImagePullArgs) -> Result<u8, CtlError> {
     Ok(exit_code::OK)
 }
 
+/// Begins a pull and follows it to its end, or to its first message. That a server goes away in between is no error until
+/// it has stayed away for a while: the pull goes on, and the same key follows it again through whichever server answers.
+async fn follow(
+    context: &Context,
+    request: &v1::PullImageRequest,
+    only_begin: bool,
+) -> Result<v1::PullImageProgress, CtlError> {
+    let server = &context.server;
+    let mut progress = context.progress();
+    let mut begun = String::new();
+    let mut broken = 0;
+    let outcome = loop {
+        let opened = server.call(async || server.compute().pull_image(request.clone()).await).await;
+        let error = match opened {
+            Err(error) => error,
+            Ok(mut steps) => loop {
+                match steps.message().await {
+                    Ok(Some(step)) => {
+                        broken = 0;
+                        begun.clone_from(&step.operation_id);
+                        if only_begin || step.node_id.is_empty() {
+                            progress.clear();
+                            return Ok(step);
+                        }
+                        if !step.completed {
+                            progress.update(&told(&step));
+                        }
+                    }
+                    Ok(None) => break CtlError::Service(ServiceError::unavailable("the server broke off")),
+                    Err(status) => break server.error(&status),
+                }
+            },
+        };
+        let may_pass = matches!(&error, CtlError::Service(error) if is_break(error.code()));
+        if begun.is_empty() || !may_pass || broken >= MAX_BROKEN {
+            break error;
+        }
+        broken += 1;
+        progress.update("the server does not answer; the pull goes on without it");
+        tokio::time::sleep(BROKEN_PAUSE).await;
+    };
+    progress.clear();
+    if !begun.is_empty() {
+        context.note(&format!(
+            "the pull may go on; follow it with `hypervisor-ctl operation watch {}`",
+            escape(&begun)
+        ));
+    }
+    Err(outcome)
+}
+
+/// Whether an error may come of a connection that broke, or of a server that went away.
+fn is_break(code: ErrorCode) -> bool {
+    code.retryable() || matches!(code, ErrorCode::Internal | ErrorCode::Cancelled)
+}
+
 /// How far a node is, for people.
 fn told(step: &v1::PullImageProgress) -> String {
     const MIB: i64 = 1 << 20;
-    let node = &step.node_id;
+    let node = if step.node_name.is_empty() { &step.node_id } else { &step.node_name };
     match (step.total, &step.error) {
         (_, error) if !error.is_empty() => format!("{node}: {error}"),
         (total, _) if total > 0 => {

@@ -7,7 +7,8 @@ use hv_proto::v1;
 use hv_types::InstanceType;
 
 use super::{
-    Context, change, console, create, events, exec, follow, migrate, placement, snapshot, stats, update,
+    Context, change, clone, console, create, events, exec, follow, migrate, placement, snapshot, stats,
+    update,
 };
 use crate::cli::value::selector_of;
 use crate::cli::{GetArgs, InstanceCommand, ListArgs, NameArgs};
@@ -50,6 +51,7 @@ pub(super) async fn run(
         }
         InstanceCommand::Update(args) => update::run(context, only, &args).await,
         InstanceCommand::Snapshot(command) => snapshot::run(context, only, command).await,
+        InstanceCommand::Clone(args) => clone::run(context, only, &args).await,
         InstanceCommand::Migrate(args) => migrate::run(context, only, &args).await,
         InstanceCommand::Console(args) => console::run(context, only, &args).await,
         InstanceCommand::Exec(args) => exec::run(context, only, &args).await,

@@ -180,6 +180,10 @@ fn describe_policies(page: &mut Page, instance: &v1::Instance) {
 fn describe_spec(page: &mut Page, spec: &v1::InstanceSpec) {
     page.heading(0, "Spec");
     page.some(1, "Image", escape(&spec.image));
+    if let Some(origin) = &spec.clone_of {
+        let (snapshot, source) = (escape(&origin.snapshot), escape(&origin.instance_id));
+        page.line(1, "Made from", format!("snapshot {snapshot} of instance {source}"));
+    }
     page.line(1, "CPUs", spec.cpu_cores.to_string());
     page.line(1, "Memory", size(spec.memory_bytes));
     page.some(1, "Kernel", escape(&spec.kernel));

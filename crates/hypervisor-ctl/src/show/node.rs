@@ -243,20 +243,24 @@ pub(crate) fn collected_table(images: &[v1::CollectedImage], output: Output) -> 
 /// Images as rows.
 pub(crate) fn image_table(images: &[v1::Image], output: Output, now: SystemTime) -> String {
     let wide = output.format == OutputFormat::Wide;
-    let mut titles = vec!["NAME", "TYPE", "SIZE", "NODES", "AGE"];
+    let mut titles = vec!["NAME", "TYPE", "ARCH", "SIZE", "NODES", "AGE"];
     if wide {
-        titles.push("TAGS");
+        titles.extend(["FORM", "SOURCE", "DIGEST", "ON", "TAGS"]);
     }
+    let or_none = |text: &str| Cell::from(if text.is_empty() { "-".to_owned() } else { escape(text) });
     let row = |image: &v1::Image| {
         let mut row: Vec<Cell> = vec![
             escape(&image.name).into(),
             type_name(image.r#type()).into(),
+            or_none(&image.architecture),
             size(image.size_bytes).into(),
             image.node_ids.len().to_string().into(),
             age(image.created_at.as_ref(), now).into(),
         ];
         if wide {
-            row.push(escape(&image.tags.join(",")).into());
+            row.extend([&image.form, &image.source, &image.digest].map(|text| or_none(text)));
+            row.push(or_none(&image.node_ids.join(",")));
+            row.push(or_none(&image.tags.join(",")));
         }
         row
     };

@@ -181,3 +181,19 @@ fn nodes_are_cordoned_uncordoned_and_drained() {
     let error = ctl(&fake, &["node", "drain", "alpha"]).failed(5);
     assert!(error.contains("web: its disk lies on the node"), "{error}");
 }
+
+#[test]
+fn a_clone_is_waited_for_and_a_fleet_of_them_too() {
+    let fake = Fake::with_instances();
+    let ran = ctl(&fake, &["vm", "clone", "web", "--snapshot", "warm", "copy"]).ok();
+    assert!(ran.starts_with("instance copy is RUNNING on node node-a-id"), "{ran}");
+    let origin = fake.instance("copy").unwrap().spec.unwrap().clone_of.unwrap();
+    assert_eq!(origin.snapshot, "warm");
+    let described = ctl(&fake, &["instance", "describe", "copy"]).ok();
+    assert!(described.contains("snapshot warm of instance"), "{described}");
+    let many = ["vm", "clone", "web", "--snapshot", "warm", "fleet", "--count", "3", "-o", "name"];
+    assert_eq!(ctl(&fake, &many).ok(), "vm/fleet-1\nvm/fleet-2\nvm/fleet-3\n");
+    let why = ctl(&fake, &["vm", "clone", "web", "--snapshot", "cold", "other"]).failed(3);
+    assert!(why.contains("no such snapshot"), "{why}");
+    ctl(&fake, &["vm", "clone", "web", "copy"]).failed(2);
+}

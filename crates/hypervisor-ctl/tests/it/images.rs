@@ -17,6 +17,11 @@ fn a_pull_tells_how_far_it_is_and_then_what_came_of_it() {
     assert!(last.completed);
     let why = ctl(&fake, &["image", "pull", "--type", "vm", "oci://registry/absent:1"]).failed(5);
     assert!(why.contains("oci://registry/absent:1") && why.contains("does not have it"), "{why}");
+    let begun = ctl(&fake, &[&pull[..], &["--no-wait"]].concat()).ok();
+    assert!(begun.contains("operation watch pull-1"), "{begun}");
+    let ran = ctl(&fake, &["image", "pull", "--type", "vm", "oci://registry/shaky:1"]);
+    assert!(ran.stderr.contains("the pull goes on without it"), "{ran:?}");
+    assert_eq!(ran.ok(), "image oci://registry/shaky:1 is on 2 nodes\n");
     // What it is for cannot be guessed.
     ctl(&fake, &["image", "pull", "oci://registry/tiny:1"]).failed(2);
 }

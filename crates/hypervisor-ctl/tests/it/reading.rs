@@ -167,7 +167,9 @@ fn nodes_images_and_the_cluster_are_shown() {
     let info = ctl(&fake, &["cluster", "info"]).ok();
     assert!(info.contains("9.9.9") && info.contains("1 of 2 ready"), "{info}");
     let images = ctl(&fake, &["image", "list"]).ok();
-    assert!(images.contains("tiny") && images.contains("5MiB"), "{images}");
+    assert!(images.contains("tiny") && images.contains("5MiB") && images.contains("ARCH"), "{images}");
+    let images = ctl(&fake, &["image", "list", "-o", "wide"]).ok();
+    assert!(images.contains("DIGEST") && images.contains("node-a-id"), "{images}");
 }
 
 #[test]

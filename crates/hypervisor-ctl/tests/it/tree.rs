@@ -19,6 +19,7 @@ image inspect
 image list
 image pull
 image push
+instance clone
 instance console
 instance create
 instance delete

@@ -15,7 +15,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::request::{failed, id, mutation, refuse};
 use super::watch::{Piece, View, watch};
-use super::{ReplyStream, Shared, empty, images, interactive, migration, snapshots, updates};
+use super::{ReplyStream, Shared, empty, images, interactive, migration, pulls, snapshots, updates};
 
 pub(crate) struct Service(pub(crate) Shared);
 
@@ -343,6 +343,13 @@ impl ComputeService for Service {
         snapshots::create(&self.0, request).await
     }
 
+    async fn clone_instance(
+        &self,
+        request: Request<v1::CloneInstanceRequest>,
+    ) -> Result<Response<v1::CloneInstanceResponse>, Status> {
+        snapshots::clone(&self.0, request).await
+    }
+
     async fn list_instance_snapshots(
         &self,
         request: Request<v1::ListInstanceSnapshotsRequest>,
@@ -375,7 +382,7 @@ impl ComputeService for Service {
         &self,
         request: Request<v1::PullImageRequest>,
     ) -> Result<Response<Self::PullImageStream>, Status> {
-        images::pull(&self.0, request).await
+        pulls::pull(&self.0, request).await
     }
 
     async fn get_image(&self, request: Request<v1::GetImageRequest>) -> Result<Response<v1::Image>, Status> {

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures::StreamExt as _;
 use hv_cluster::cache::State;
@@ -10,21 +9,14 @@ use hv_cluster::page::Page;
 use hv_proto::{convert, v1};
 use hv_types::validate::excerpt;
 use hv_types::{ErrorCode, InstanceType, Invalid, NodeRecord, NodeStatus, ServiceError};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::Shared;
 use super::interactive::agent_of;
 use super::request::{failed, refuse};
-use super::{ReplyStream, Shared};
 
 /// How many nodes are asked at once.
 const PARALLEL: usize = 16;
-/// How many messages wait for a slow caller.
-const QUEUE: usize = 64;
-/// How long a node may take to report an image that it has taken; it sends a heartbeat at once. The answer does not
-/// depend on it.
-const REPORT_TIMEOUT: Duration = Duration::from_secs(3);
 
 pub(super) async fn list(
     shared: &Shared,
@@ -86,7 +78,7 @@ pub(super) async fn get(
 }
 
 /// The nodes that are named, or all that answer and that `take` likes.
-async fn nodes(
+pub(super) async fn nodes(
     shared: &Shared,
     named: &[String],
     take: impl Fn(&NodeRecord) -> bool,
@@ -110,126 +102,6 @@ async fn nodes(
         return Err(refuse(ServiceError::unavailable(message)));
     }
     Ok(found.into_iter().map(|(node, _)| node).collect())
-}
-
-pub(super) async fn pull(
-    shared: &Shared,
-    request: Request<v1::PullImageRequest>,
-) -> Result<Response<ReplyStream<v1::PullImageProgress>>, Status> {
-    let request = request.into_inner();
-    let missing = || Invalid::new("type", "", "must be `vm`, `container` or `microvm`");
-    let wanted =
-        convert::instance_type_from(request.r#type).and_then(|t| t.ok_or_else(missing)).map_err(refuse)?;
-    if !hv_types::image::is_reference(&request.image_ref) {
-        let expected = "must say where from: `oci://registry/name:tag`, `https://…` or `file://…`";
-        return Err(refuse(Invalid::new("image_ref", &request.image_ref, expected)));
-    }
-    let fetches = |node: &NodeRecord| {
-        node.drivers.iter().any(|d| d.instance_type == wanted && d.healthy && d.takes_fetched_images())
-    };
-    let nodes = nodes(shared, &request.node_ids, fetches).await?;
-    if nodes.is_empty() {
-        let message = format!(
-            "no node that is ready fetches images for the type {wanted}; see `hypervisor-ctl node describe`"
-        );
-        return Err(refuse(ServiceError::precondition(message)));
-    }
-    let (sender, receiver) = mpsc::channel(QUEUE);
-    tokio::spawn(pull_on_all(shared.clone(), nodes, request, sender));
-    Ok(shared.until_stop(ReceiverStream::new(receiver)))
-}
-
-/// Waits until a node has reported an image that it has just taken: whoever asked for it may use it at once.
-async fn until_reported(shared: &Shared, node: &NodeRecord, name: &str, instance_type: InstanceType) {
-    let has = |state: &State| {
-        let record = state.node(&node.id).and_then(|entry| entry.record.as_ref());
-        record.is_none_or(|record| {
-            record.images.iter().any(|image| image.name == name && image.instance_type == instance_type)
-        })
-    };
-    let cache = shared.cluster.cache();
-    let (is_there, mut changes) = cache.subscribe(has);
-    if is_there {
-        return;
-    }
-    let reported = async {
-        while let Ok(Some(_)) = changes.next().await {
-            if cache.read(has) {
-                return;
-            }
-        }
-    };
-    // Later than that it still is there; it is only not known yet.
-    let _ = tokio::time::timeout(REPORT_TIMEOUT, reported).await;
-}
-
-type Told = mpsc::Sender<Result<v1::PullImageProgress, Status>>;
-
-/// Ends early when nobody listens any more; nodes keep what has arrived.
-async fn pull_on_all(
-    shared: Shared,
-    nodes: Vec<Arc<NodeRecord>>,
-    request: v1::PullImageRequest,
-    sender: Told,
-) {
-    let total = nodes.len();
-    let pulls = futures::stream::iter(nodes).map(|node| {
-        let (shared, request, sender) = (&shared, request.clone(), sender.clone());
-        async move { pull_on(shared, &node, request, &sender).await.err() }
-    });
-    let failed: Vec<Status> = pulls.buffer_unordered(PARALLEL).filter_map(std::future::ready).collect().await;
-    let error = match failed.first() {
-        None => String::new(),
-        Some(first) if total == 1 => first.message().to_owned(),
-        Some(first) => format!("{} of {total} nodes could not fetch it: {}", failed.len(), first.message()),
-    };
-    let status = if failed.is_empty() { "done" } else { "failed" };
-    let last = v1::PullImageProgress {
-        status: status.into(),
-        current: (total - failed.len()) as i64,
-        total: total as i64,
-        completed: failed.is_empty(),
-        error,
-        ..v1::PullImageProgress::default()
-    };
-    // Nobody may be listening any more.
-    let _ = sender.send(Ok(last)).await;
-}
-
-async fn pull_on(
-    shared: &Shared,
-    node: &NodeRecord,
-    request: v1::PullImageRequest,
-    sender: &Told,
-) -> Result<(), Status> {
-    let node_id = node.id.to_string();
-    let kept_as = if request.name.is_empty() { &request.image_ref } else { &request.name }.clone();
-    let instance_type = convert::instance_type_from(request.r#type).ok().flatten();
-    let outcome = async {
-        let mut agent = agent_of(shared, node)?;
-        let mut progress = agent.pull_image(request).await?.into_inner();
-        while let Some(message) = progress.message().await? {
-            let message = v1::PullImageProgress { node_id: node_id.clone(), ..message };
-            if sender.send(Ok(message)).await.is_err() {
-                return Err(Status::cancelled("nobody listens any more"));
-            }
-        }
-        if let Some(instance_type) = instance_type {
-            until_reported(shared, node, &kept_as, instance_type).await;
-        }
-        Ok(())
-    };
-    let outcome = outcome.await;
-    if let Err(error) = &outcome {
-        let told = v1::PullImageProgress {
-            status: "failed".into(),
-            error: error.message().to_owned(),
-            node_id: node_id.clone(),
-            ..v1::PullImageProgress::default()
-        };
-        let _ = sender.send(Ok(told)).await;
-    }
-    outcome
 }
 
 pub(super) async fn delete(
@@ -286,7 +158,7 @@ pub(super) async fn upload(
     let rest = rest.filter_map(|part| std::future::ready(part.ok()));
     let image = agent.upload_image(futures::stream::iter(first).chain(rest)).await?.into_inner();
     if let Some(instance_type) = instance_type {
-        until_reported(shared, node, &name, instance_type).await;
+        shared.cluster.until_image_reported(&node.id, &name, instance_type).await;
     }
     Ok(Response::new(v1::Image { node_ids: vec![node.id.to_string()], ..image }))
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use hv_client::{AgentClient, AgentPool, ClientOptions};
 use hv_cluster::Cluster;
-use hv_cluster::operations::{Answer, Nodes};
+use hv_cluster::operations::{Answer, Nodes, PullProgress};
 use hv_proto::v1;
 use hv_types::{InstanceId, NodeId, ServiceError};
 use tonic::{Request, Status};
@@ -18,6 +18,8 @@ const ASK: Duration = Duration::from_secs(5);
 const WORK: Duration = Duration::from_secs(30);
 /// How long a node may take to keep disks and memory, or to return to them.
 const SNAPSHOT: Duration = Duration::from_mins(10);
+/// How long a node that fetches an image may say nothing; it tells twice a second how far it is.
+const PULL_SILENCE: Duration = Duration::from_mins(1);
 
 /// The agents, found by the records of their nodes.
 pub(crate) struct AgentNodes {
@@ -139,6 +141,29 @@ impl Nodes for AgentNodes {
         within(&options, WORK, agent.list_snapshots(bounded(request, WORK)))
             .await
             .map(|listed| listed.snapshots)
+    }
+
+    async fn pull_image(
+        &self,
+        node: &NodeId,
+        request: v1::PullImageRequest,
+        progress: &PullProgress<'_>,
+    ) -> Answer<()> {
+        let (mut agent, options) = self.agent(node)?;
+        let mut steps = within(&options, PULL_SILENCE, agent.pull_image(request)).await?;
+        loop {
+            let step = tokio::time::timeout(PULL_SILENCE, steps.message()).await.map_err(|_| {
+                ServiceError::unavailable(format!("it said nothing for {} s", PULL_SILENCE.as_secs()))
+            })?;
+            let Some(step) = step.map_err(|status| failed(&options, &status))? else {
+                return Err(ServiceError::unavailable("it broke off before it had the image"));
+            };
+            if step.completed {
+                return Ok(());
+            }
+            let bytes = |count: i64| u64::try_from(count).unwrap_or_default();
+            progress(&step.status, bytes(step.current), bytes(step.total));
+        }
     }
 }
 

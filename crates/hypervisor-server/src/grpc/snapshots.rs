@@ -1,6 +1,7 @@
 //! Snapshots of instances.
 
 use hv_cluster::Mutation;
+use hv_cluster::instances::CloneRequest;
 use hv_cluster::operations::SnapshotTask;
 use hv_proto::v1;
 use hv_types::InstanceId;
@@ -48,6 +49,24 @@ pub(super) async fn delete(
     let key = std::mem::take(&mut request.request_key);
     let mutation = mutation("ComputeService/DeleteInstanceSnapshot", &key, &request)?;
     begin(shared, mutation, &request.instance_id, SnapshotTask::Delete(request.name)).await
+}
+
+pub(super) async fn clone(
+    shared: &Shared,
+    request: Request<v1::CloneInstanceRequest>,
+) -> Result<Response<v1::CloneInstanceResponse>, Status> {
+    let mut request = request.into_inner();
+    let key = std::mem::take(&mut request.request_key);
+    let mutation = mutation("ComputeService/CloneInstance", &key, &request)?;
+    let instance: InstanceId = id(&request.instance_id)?;
+    let asked = CloneRequest {
+        snapshot: request.snapshot,
+        name: request.name,
+        count: usize::try_from(request.count).ok().filter(|count| *count > 0),
+    };
+    let done = shared.cluster.clone_instance(&mutation, &instance, &asked).await.map_err(failed)?;
+    metrics::counter!("hypervisor_creates_total").increment(done.reply.instances.len() as u64);
+    Ok(Response::new(done.reply))
 }
 
 pub(super) async fn revert(

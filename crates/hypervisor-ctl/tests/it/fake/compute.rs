@@ -299,7 +299,12 @@ impl ComputeService for Service {
     }
 
     async fn pull_image(&self, request: Request<v1::PullImageRequest>) -> Answer<Self::PullImageStream> {
-        images::pull(request.into_inner())
+        let request = request.into_inner();
+        let mut model = self.0.lock();
+        let is_known =
+            model.mutations.iter().any(|(what, key)| *what == "pull" && *key == request.request_key);
+        model.mutations.push(("pull", request.request_key.clone()));
+        images::pull(request, is_known)
     }
 
     async fn update_instance(&self, _: Request<v1::UpdateInstanceRequest>) -> Answer<v1::Instance> {
@@ -311,6 +316,42 @@ impl ComputeService for Service {
         _: Request<v1::CreateInstanceSnapshotRequest>,
     ) -> Answer<v1::Operation> {
         Err(status(ErrorCode::Unsupported, "the fake cannot do this"))
+    }
+
+    async fn clone_instance(
+        &self,
+        request: Request<v1::CloneInstanceRequest>,
+    ) -> Answer<v1::CloneInstanceResponse> {
+        let request = request.into_inner();
+        let mut model = self.0.lock();
+        if request.snapshot != "warm" {
+            return Err(status(ErrorCode::NotFound, "instance web has no such snapshot"));
+        }
+        model.mutations.push(("clone", request.request_key.clone()));
+        let source = model.instances.get(&request.instance_id).cloned().unwrap_or_default();
+        let origin = v1::CloneOrigin { instance_id: request.instance_id, snapshot: request.snapshot };
+        let names: Vec<_> = match request.count {
+            0 => vec![request.name],
+            count => (1..=count).map(|number| format!("{}-{number}", request.name)).collect(),
+        };
+        let mut instances = Vec::new();
+        for name in names {
+            let instance = v1::Instance {
+                id: format!("new-{name}"),
+                name: name.clone(),
+                state: InstanceState::Creating as i32,
+                spec: Some(v1::InstanceSpec {
+                    clone_of: Some(origin.clone()),
+                    ..source.spec.clone().unwrap_or_default()
+                }),
+                generation: 1,
+                ..source.clone()
+            };
+            let answer = model.store(instance);
+            self.settle(&mut model, &answer);
+            instances.push(v1::CreatedInstance { id: answer.id, name, node_id: answer.node_id });
+        }
+        Ok(Response::new(v1::CloneInstanceResponse { instances, revision: 7 }))
     }
 
     async fn list_instance_snapshots(

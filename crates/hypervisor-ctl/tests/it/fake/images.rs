@@ -17,14 +17,16 @@ pub(super) fn tiny() -> v1::Image {
     }
 }
 
-/// A reference with `absent` in it is on no node; any other is fetched in two steps.
-pub(super) fn pull(request: v1::PullImageRequest) -> Answer<Streamed<v1::PullImageProgress>> {
+/// A reference with `absent` in it is on no node, the server goes away when one with `shaky` is followed for the first time; any
+/// other is fetched in two steps.
+pub(super) fn pull(request: v1::PullImageRequest, is_known: bool) -> Answer<Streamed<v1::PullImageProgress>> {
     let node_id = "node-a-id".to_owned();
     let step = |status: &str, current| v1::PullImageProgress {
         status: status.into(),
         current,
         total: 10 << 20,
         node_id: node_id.clone(),
+        operation_id: "pull-1".into(),
         ..Default::default()
     };
     let last = if request.image_ref.contains("absent") {
@@ -32,6 +34,10 @@ pub(super) fn pull(request: v1::PullImageRequest) -> Answer<Streamed<v1::PullIma
     } else {
         v1::PullImageProgress { completed: true, current: 2, total: 2, ..Default::default() }
     };
+    if request.image_ref.contains("shaky") && !is_known {
+        let gone = Err(status(ErrorCode::Unavailable, "the server is stopping"));
+        return Ok(Response::new(Box::pin(tokio_stream::iter([Ok(step("downloading", 5 << 20)), gone]))));
+    }
     let steps = [step("downloading", 5 << 20), step("converting", 10 << 20), last].map(Ok);
     Ok(Response::new(Box::pin(tokio_stream::iter(steps))))
 }
