@@ -44,6 +44,7 @@ ROWS = {
     "limits": "limits",
     "volumes": "directories mounted",
     "update": "changed, from the next start",
+    "rename": "renamed, running or not",
     "resize_live": "cores and memory live",
     "hotplug_disk": "disks live",
     "hotplug_network": "networks live",

@@ -24,6 +24,7 @@ pub use explain::MAX_PREVIEW;
 pub(crate) use explain::Outlook;
 pub use filter::{Filter, Seen};
 pub use update::Update;
+pub(crate) use update::refuse_in_rescue;
 
 use crate::Cluster;
 use crate::error::{Error, Result};

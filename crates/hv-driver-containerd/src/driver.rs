@@ -214,6 +214,12 @@ fn unsupported(config: &InstanceConfig) -> Option<(&'static str, String)> {
             "a container has the node's kernel",
         ),
         (
+            "start from a rescue image",
+            spec.is_in_rescue(),
+            "spec.rescue: a container has no disk to boot beside; stop it and run another one from a rescue image with the \
+             same volumes",
+        ),
+        (
             "take user data",
             !spec.user_data.is_empty(),
             "a container has no cloud-init; give it a command, or environment",

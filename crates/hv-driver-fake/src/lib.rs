@@ -415,10 +415,12 @@ impl Driver for FakeDriver {
     }
 
     async fn snapshot(&self, id: &InstanceId, request: &SnapshotRequest) -> Result<SnapshotInfo> {
+        self.shared.refuse_in_rescue(id, "snapshot")?;
         self.shared.snapshot(id, request).await
     }
 
     async fn revert(&self, id: &InstanceId, name: &str) -> Result<()> {
+        self.shared.refuse_in_rescue(id, "revert")?;
         self.shared.revert(id, name).await
     }
 
@@ -444,6 +446,7 @@ impl Driver for FakeDriver {
     }
 
     async fn migrate(&self, id: &InstanceId, request: &MigrateRequest) -> Result<()> {
+        self.shared.refuse_in_rescue(id, "migrate")?;
         self.shared.migrate(id, request).await
     }
 

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::script::Script;
 
 /// What it can do, all of it. A fake can be told to be able to do less.
-pub const CAPABILITIES: [Capability; 18] = [
+pub const CAPABILITIES: [Capability; 19] = [
     Capability::Pause,
     Capability::Console,
     Capability::Logs,
@@ -28,6 +28,7 @@ pub const CAPABILITIES: [Capability; 18] = [
     Capability::Limits,
     Capability::Volumes,
     Capability::FetchedImages,
+    Capability::Rescue,
 ];
 
 /// The fake's configuration; in an agent's configuration file the section of its name.

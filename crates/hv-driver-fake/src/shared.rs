@@ -124,6 +124,14 @@ impl Shared {
         Err(DriverError::Unsupported { driver: NAME, operation, reason })
     }
 
+    /// Refuses what an instance that runs in rescue, or is about to, cannot do.
+    pub(crate) fn refuse_in_rescue(&self, id: &InstanceId, operation: &'static str) -> Result<()> {
+        let record = self.settled(&mut self.live.lock(), id, operation)?;
+        record.config.refuse_in_rescue(operation)?;
+        let waits = record.waiting.filter(|spec| spec.is_in_rescue());
+        waits.map_or(Ok(()), |spec| InstanceConfig { spec, ..record.config }.refuse_in_rescue(operation))
+    }
+
     pub(crate) fn handle(record: &Record) -> Handle {
         let data = serde_json::json!({ "starts": record.starts });
         Handle { driver: NAME.to_owned(), version: HANDLE_VERSION, data }
@@ -216,9 +224,8 @@ impl Shared {
     }
 
     pub(crate) fn check(&self, config: &InstanceConfig) -> Result<()> {
-        let image = &config.spec.image;
-        let direct = image.is_empty() && !config.spec.kernel.is_empty();
         let asked = [
+            (Capability::Rescue, "start from a rescue image", config.spec.is_in_rescue()),
             (Capability::Limits, "keep limits", config.spec.limits.is_some()),
             (Capability::Volumes, "mount volumes", !config.spec.volume_mounts.is_empty()),
             (Capability::UserData, "take user data", !config.spec.user_data.is_empty()),
@@ -228,6 +235,14 @@ impl Shared {
         for (capability, operation, _) in asked.into_iter().filter(|(.., is_asked)| *is_asked) {
             self.require(capability, operation)?;
         }
+        self.check_image(config, "spec.image")?;
+        self.script_of(config).map(drop)
+    }
+
+    /// That there is what it boots from.
+    pub(crate) fn check_image(&self, config: &InstanceConfig, field: &str) -> Result<()> {
+        let image = &config.spec.image;
+        let direct = image.is_empty() && !config.spec.kernel.is_empty();
         if let Some(local) = &config.image {
             let path = crate::local_path(&local.content);
             if !path.exists() {
@@ -236,10 +251,10 @@ impl Shared {
             }
         } else if !direct && !self.options.images.contains(image) {
             let images = self.options.images.join(", ");
-            let reason = format!("spec.image: there is no image `{image}` on this node; there are: {images}");
+            let reason = format!("{field}: there is no image `{image}` on this node; there are: {images}");
             return Err(DriverError::invalid(&config.id, reason));
         }
-        self.script_of(config).map(drop)
+        Ok(())
     }
 
     /// It runs from now on. What it is made of changes if that waited for it; `outgoing` is left to the caller.
@@ -266,7 +281,11 @@ impl Shared {
         if !boots {
             return Ok(());
         }
-        let greeting = format!("fake-guest: hello from {}\r\n", record.config.name);
+        let (name, rescue) = (&record.config.name, &record.config.spec.rescue);
+        let greeting = match rescue.as_str() {
+            "" => format!("fake-guest: hello from {name}\r\n"),
+            image => format!("fake-rescue: hello from {image} for {name}\r\n"),
+        };
         self.print(live, &id, greeting.as_bytes()).map_err(|e| DriverError::failed(&id, "start", e))
     }
 }

@@ -51,6 +51,12 @@ impl Shared {
             if let Some(reason) = impossible(wanted, &config.spec) {
                 return Err(DriverError::invalid(id, reason));
             }
+            if config.spec.is_in_rescue() {
+                self.require(Capability::Rescue, "start from a rescue image")?;
+            }
+            if let Some(rescue) = config.in_rescue().filter(|_| wanted.rescue != config.spec.rescue) {
+                self.check_image(&rescue, "spec.rescue")?;
+            }
             if config.spec.limits.is_some() {
                 self.require(Capability::Limits, "keep limits")?;
             }
@@ -63,6 +69,7 @@ impl Shared {
         let waits = self.script_of(config)?.update_waits;
         record.config.name.clone_from(&config.name);
         record.config.metadata = config.metadata.clone();
+        record.config.rescue_image.clone_from(&config.rescue_image);
         if record.phase.runs() {
             let applied = self.live_part(&record.config.spec, &config.spec, waits);
             record.waiting = (applied != config.spec).then(|| config.spec.clone());
@@ -107,6 +114,7 @@ fn waiting_for(now: &InstanceSpec, wanted: &InstanceSpec) -> String {
         ("disks", now.disks != wanted.disks),
         ("network", now.network != wanted.network),
         ("limits", now.limits != wanted.limits),
+        ("the disk that it boots from", now.rescue != wanted.rescue),
     ];
     let mut names: Vec<_> = parts.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect();
     if names.is_empty() {

@@ -10,6 +10,7 @@ use crate::api::types::{
 };
 use crate::files::{INITRD, KERNEL, LOAD_MEMORY, LOAD_STATE, METRICS, Stored, StoredDisk, VSOCK_SOCKET};
 use crate::problem::Outcome;
+use crate::rescue::{RESCUE_INITRD, RESCUE_KERNEL};
 use crate::tap;
 
 /// What the guest's network card is called at the API.
@@ -35,9 +36,11 @@ pub(crate) async fn boot(api: &mut Api, stored: &Stored, track_dirty_pages: bool
     let spec = &stored.config.spec;
     api.set_metrics(&Metrics { metrics_path: METRICS }).await?;
     api.set_machine(&machine(spec, track_dirty_pages)).await?;
-    let initrd_path = stored.has_initrd.then_some(INITRD);
+    let (kernel_image_path, initrd) =
+        if spec.is_in_rescue() { (RESCUE_KERNEL, RESCUE_INITRD) } else { (KERNEL, INITRD) };
+    let initrd_path = stored.has_initrd.then_some(initrd);
     let boot_args = stored.cmdline.clone();
-    api.set_boot_source(&BootSource { kernel_image_path: KERNEL, boot_args, initrd_path }).await?;
+    api.set_boot_source(&BootSource { kernel_image_path, boot_args, initrd_path }).await?;
     for disk in &stored.disks {
         api.set_drive(&drive(disk, spec.limits.as_ref())).await?;
     }

@@ -35,7 +35,7 @@ const HANDLE_VERSION: u32 = 1;
 const EVENT_QUEUE: usize = 1024;
 
 /// What it can do where Firecracker is there; in a jail it keeps limits too.
-const CAPABILITIES: [Capability; 9] = [
+const CAPABILITIES: [Capability; 10] = [
     Capability::Pause,
     Capability::Console,
     Capability::Logs,
@@ -44,6 +44,7 @@ const CAPABILITIES: [Capability; 9] = [
     Capability::Snapshot,
     Capability::SnapshotMemory,
     Capability::Clone,
+    Capability::Rescue,
     Capability::FetchedImages,
 ];
 
@@ -247,7 +248,11 @@ impl Driver for FirecrackerDriver {
     async fn start(&self, id: &InstanceId) -> Result<Handle> {
         let machine = self.machine(id, "start")?;
         let platform = self.platform().await?;
-        machine.start(&platform).await?;
+        let rescue = match machine.live("start").await? {
+            Some(_) => None,
+            None => self.rescue_of(&machine.next().map_err(machine.failed("start"))?)?,
+        };
+        machine.start(&platform, rescue).await?;
         Ok(handle())
     }
 
@@ -352,11 +357,14 @@ impl Driver for FirecrackerDriver {
     }
 
     async fn snapshot(&self, id: &InstanceId, request: &SnapshotRequest) -> Result<SnapshotInfo> {
-        self.machine(id, "snapshot")?.snapshot(request).await
+        let machine = self.machine(id, "snapshot")?;
+        machine.stored().config.refuse_in_rescue("snapshot")?;
+        machine.snapshot(request).await
     }
 
     async fn revert(&self, id: &InstanceId, name: &str) -> Result<()> {
         let machine = self.machine(id, "revert")?;
+        machine.stored().config.refuse_in_rescue("revert")?;
         let platform = self.platform().await?;
         machine.revert(name, &platform).await
     }

@@ -20,6 +20,7 @@ use crate::files::{
 };
 use crate::platform::Platform;
 use crate::problem::{Outcome, Problem};
+use crate::rescue::{RESCUE_INITRD, RESCUE_KERNEL};
 
 /// The cgroup below which each jailed VMM has one.
 const PARENT_CGROUP: &str = "hypervisor-microvm";
@@ -63,7 +64,7 @@ pub(crate) fn prepare_root(dir: &InstanceDir, stored: &Stored, platform: &Platfo
     }
     if platform.jailer.is_some() {
         let disks = stored.disks.iter().map(|disk| disk.file.as_str());
-        for name in disks.chain([KERNEL, INITRD, LOG, METRICS]) {
+        for name in disks.chain([KERNEL, INITRD, RESCUE_KERNEL, RESCUE_INITRD, LOG, METRICS]) {
             give(&root.join(name), stored.uid)?;
         }
     }

@@ -12,6 +12,11 @@ use crate::machine::Machine;
 use crate::problem::{Outcome, Problem};
 
 impl Machine {
+    /// What it will be when it is started.
+    pub(crate) fn next(&self) -> Outcome<hv_driver::InstanceConfig> {
+        Ok(self.dir.read(NEXT)?.unwrap_or_else(|| self.stored().config))
+    }
+
     /// Makes an instance that does not run what its waiting change says; nothing if none waits. `change` is held. Begun
     /// again after a crash it ends the same.
     pub(crate) fn apply_next(&self) -> Outcome<()> {

@@ -15,6 +15,7 @@ use crate::domain::MAX_CORES;
 use crate::files::{CONFIG, DIR_MODE, InstanceDir, LOCK, SEED, StateDir, Stored, StoredDisk, settle, write_atomically};
 use crate::node::Node;
 use crate::problem::{Outcome, Problem};
+use crate::rescue::{RESCUE_DISK, StoredRescue};
 
 /// How much of a serial number virtio-blk passes on (virtio 1.2, 5.2.6: `VIRTIO_BLK_ID_BYTES`).
 const MAX_SERIAL_BYTES: usize = 20;
@@ -71,10 +72,15 @@ pub(crate) fn check(spec: &InstanceSpec, boot: &Boot, node: &Node) -> Result<(),
     }
 }
 
+/// What the boot disk is called.
+pub(crate) const BOOT_TARGET: &str = "vda";
+
 /// What is decided before anything is made.
 pub(crate) struct Plan<'a> {
     pub(crate) config: &'a InstanceConfig,
     pub(crate) boot: Boot,
+    /// What it boots from while it is in rescue.
+    pub(crate) rescue: Option<StoredRescue>,
     pub(crate) network: Option<String>,
     /// Where disks are made if not in the instance's directory.
     pub(crate) disk_dir: Option<PathBuf>,
@@ -143,6 +149,7 @@ pub(crate) async fn prepare(state: &StateDir, plan: &Plan<'_>, node: &Node) -> O
         cmdline: plan.boot.cmdline.clone(),
         disks,
         disk_dir: plan.disk_dir.clone(),
+        rescue: plan.rescue.clone(),
     };
     dir.write(CONFIG, &stored)?;
     Ok(stored)
@@ -196,6 +203,12 @@ fn qcow2(
         target,
         size_bytes,
     }
+}
+
+/// The throw-away disk of a machine in rescue.
+pub(crate) fn rescue_disk(place: &Path, base: &(PathBuf, DiskFormat, u64)) -> StoredDisk {
+    let base = Base { path: base.0.clone(), format: base.1, size_bytes: base.2 };
+    qcow2(place, RESCUE_DISK, "rescue", BOOT_TARGET.to_owned(), base.size_bytes, Some(&base))
 }
 
 /// What of a name libvirt takes as a serial number.

@@ -18,7 +18,7 @@ use crate::console::log_of;
 use crate::files::VNC_SOCKET;
 use crate::inner::{Found, Inner};
 use crate::machine::{Seen, fence_target};
-use crate::{LibvirtOptions, NAME, agent};
+use crate::{LibvirtOptions, NAME, agent, rescue};
 
 /// Version of the handle's data, which is empty: everything is found by the instance's id.
 const HANDLE_VERSION: u32 = 1;
@@ -174,12 +174,15 @@ impl Driver for LibvirtDriver {
 
     async fn snapshot(&self, id: &InstanceId, request: &SnapshotRequest) -> Result<SnapshotInfo> {
         let machine = self.inner.machine(id, "snapshot")?;
+        rescue::refuse(&machine, "snapshot")?;
         let node = self.inner.node().await?;
         machine.snapshot(&node, request).await
     }
 
     async fn revert(&self, id: &InstanceId, name: &str) -> Result<()> {
-        self.inner.machine(id, "revert")?.revert(name).await
+        let machine = self.inner.machine(id, "revert")?;
+        rescue::refuse(&machine, "revert")?;
+        machine.revert(name).await
     }
 
     async fn delete_snapshot(&self, id: &InstanceId, name: &str) -> Result<()> {
@@ -219,7 +222,9 @@ impl Driver for LibvirtDriver {
 
     async fn migrate(&self, id: &InstanceId, request: &MigrateRequest) -> Result<()> {
         self.inner.can_move(request.storage)?;
-        self.inner.machine(id, "migrate")?.migrate(request).await
+        let machine = self.inner.machine(id, "migrate")?;
+        rescue::refuse(&machine, "migrate")?;
+        machine.migrate(request).await
     }
 
     async fn migration(&self, id: &InstanceId) -> Result<Option<MigrationStatus>> {

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::problem::Problem;
+use crate::rescue::StoredRescue;
 use crate::xdr::Domain;
 
 pub(crate) const CONFIG: &str = "config.json";
@@ -59,6 +60,9 @@ pub(crate) struct Stored {
     pub(crate) disks: Vec<StoredDisk>,
     /// Where its disks are if not in its own directory.
     pub(crate) disk_dir: Option<PathBuf>,
+    /// What it boots from while it is in rescue.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) rescue: Option<StoredRescue>,
 }
 
 impl Stored {

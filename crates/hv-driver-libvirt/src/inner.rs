@@ -19,6 +19,7 @@ use crate::link::Link;
 use crate::machine::{Machine, Shared};
 use crate::node::Node;
 use crate::problem::{Outcome, Problem};
+use crate::rescue::StoredRescue;
 use crate::stats::StatsCache;
 use crate::{LibvirtOptions, NAME, watch};
 
@@ -26,7 +27,7 @@ use crate::{LibvirtOptions, NAME, watch};
 const EVENT_QUEUE: usize = 1024;
 
 /// What it can do where libvirtd is there.
-const CAPABILITIES: [Capability; 12] = [
+const CAPABILITIES: [Capability; 13] = [
     Capability::Pause,
     Capability::Console,
     Capability::Logs,
@@ -38,6 +39,7 @@ const CAPABILITIES: [Capability; 12] = [
     Capability::Snapshot,
     Capability::SnapshotMemory,
     Capability::MigrateStorage,
+    Capability::Rescue,
     Capability::FetchedImages,
 ];
 
@@ -137,6 +139,7 @@ impl Inner {
         let invalid = |reason| DriverError::invalid(id, reason);
         let boot = self.images.resolve(&config.spec, config.image.as_ref()).map_err(invalid)?;
         create::check(&config.spec, &boot, node).map_err(invalid)?;
+        let rescue = self.rescue_of(config).map_err(invalid)?;
         let asked = config.spec.network.as_ref().map_or("", |network| network.network_id.as_str());
         let network = match asked {
             "" | "default" => self.options.default_network.as_str(),
@@ -152,7 +155,22 @@ impl Inner {
             }
         }
         let disk_dir = self.pool().await?.map(|pool| pool.join(id.as_str()));
-        Ok(Plan { config, boot, network, disk_dir, incoming: None })
+        Ok(Plan { config, boot, rescue, network, disk_dir, incoming: None })
+    }
+
+    /// What a configuration boots from in rescue; `None`: it is not in rescue.
+    fn rescue_of(self: &Arc<Self>, config: &InstanceConfig) -> std::result::Result<Option<StoredRescue>, String> {
+        let Some(rescue) = config.in_rescue() else { return Ok(None) };
+        // It may run from an image that is not there any more.
+        if let Ok(Found::Whole(machine)) = self.find(&config.id, "change")
+            && machine.stored().config.spec.rescue == config.spec.rescue
+            && let Some(known) = machine.stored().rescue.clone()
+        {
+            return Ok(Some(known));
+        }
+        let boot = self.images.resolve(&rescue.spec, rescue.image.as_ref());
+        boot.map(|boot| Some(StoredRescue::of(boot)))
+            .map_err(|reason| format!("spec.rescue: {}", reason.trim_start_matches("spec.image: ")))
     }
 
     /// The directory of the storage pool, if one is configured.

@@ -13,7 +13,7 @@ macro_rules! of_the_driver {
 
 of_the_driver! {
     agent console create daemon domain driver emulator files incoming inner look link machine migrate node
-    problem protocol rpc snapshot stats update watch xdr xml
+    problem protocol rescue rpc snapshot stats update watch xdr xml
 }
 
 #[cfg(not(all(target_os = "linux", feature = "libvirt")))]

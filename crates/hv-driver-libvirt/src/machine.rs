@@ -28,6 +28,7 @@ use crate::incoming::Relay;
 use crate::link::Link;
 use crate::node::Node;
 use crate::problem::{Outcome, Problem};
+use crate::rescue;
 
 /// A guest that boots does not hear the power button yet, so it is pressed again.
 const POWERDOWN_INTERVAL: Duration = Duration::from_secs(3);
@@ -240,7 +241,10 @@ impl Machine {
     async fn run(&self, node: &Node) -> Outcome<()> {
         let daemon = self.daemon().await?;
         let stored = self.stored();
-        let domain = daemon.define(&domain::describe(&stored, &self.dir, node)).await?;
+        rescue::lay(self).await?;
+        let started = rescue::as_started(&stored, &self.dir);
+        let domain = daemon.define(&domain::describe(&started, &self.dir, node)).await?;
+        rescue::defined(self)?;
         let run = self.count_run()?;
         let outcome = daemon.create(&domain).await;
         let problem = match outcome {

@@ -18,6 +18,7 @@ use crate::machine::{Machine, Seen};
 use crate::node::Node;
 use crate::problem::{Outcome, Problem};
 use crate::protocol::flag;
+use crate::rescue;
 use crate::xml::Element;
 
 /// Most disks on the SCSI bus.
@@ -36,6 +37,12 @@ impl Machine {
             Seen::Running | Seen::Paused => true,
             Seen::Down(_) => false,
         };
+        let in_rescue = is_live && rescue::is_defined(self);
+        let same = InstanceSpec { rescue: before.config.spec.rescue.clone(), ..config.spec.clone() };
+        if in_rescue && same != before.config.spec {
+            let reason = "it runs in rescue, where nothing of it can be changed; stop it first";
+            return Err(DriverError::wrong_state(&self.id, "change", reason));
+        }
         let mut stored = (*before).clone();
         stored.config.name.clone_from(&config.name);
         stored.config.metadata.clone_from(&config.metadata);
@@ -45,11 +52,20 @@ impl Machine {
         stored.kernel.clone_from(&plan.boot.kernel);
         stored.initrd.clone_from(&plan.boot.initrd);
         stored.cmdline.clone_from(&plan.boot.cmdline);
+        stored.rescue.clone_from(&plan.rescue);
+        stored.config.rescue_image.clone_from(&config.rescue_image);
+        let turns = in_rescue != stored.rescue.is_some();
         self.store(stored).map_err(&failed)?;
         if !is_live {
             return Ok(Updated::Done);
         }
-        let waits = self.change_live(node).await.map_err(&failed)?;
+        let mut waits = Vec::new();
+        if !in_rescue {
+            waits = self.change_live(node).await.map_err(&failed)?;
+        }
+        if turns {
+            waits.push("the disk that it boots from is chosen when it starts".to_owned());
+        }
         if waits.is_empty() { Ok(Updated::Done) } else { Ok(Updated::AtNextStart(waits.join("; "))) }
     }
 

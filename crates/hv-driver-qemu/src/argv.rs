@@ -13,9 +13,12 @@ use crate::files::{
     UEFI_VARIABLES, VNC_SOCKET,
 };
 use crate::platform::{Accelerator, Platform};
+use crate::rescue::RESCUE_DISK;
 
 /// Disks sit in slots of their own from this one, eight to a slot, so that their names in the guest never change.
 const FIRST_DISK_SLOT: usize = 8;
+/// The rescue disk sits before all others: the guest finds it first.
+const RESCUE_SLOT: usize = 7;
 /// Where a machine has root ports they sit in slots from this one, eight to a slot.
 const FIRST_PORT_SLOT: usize = 0x10;
 /// Where the seed sits then: behind all others, so that it never takes a disk's name.
@@ -155,7 +158,9 @@ fn disks(list: &mut Arguments, stored: &Stored, has_ports: bool) {
     let mut ports = 0..;
     for (index, (number, disk)) in stored.numbered().enumerate() {
         list.pair("-blockdev", disk_node(stored, number, disk).to_string());
-        let address = if !has_ports {
+        let address = if disk.file == RESCUE_DISK {
+            slot_address(RESCUE_SLOT, 0)
+        } else if !has_ports {
             slot_address(FIRST_DISK_SLOT + number / FUNCTIONS, number % FUNCTIONS)
         } else if disk.is_fixed() {
             slot_address(if disk.read_only { SEED_SLOT } else { FIRST_DISK_SLOT }, 0)

@@ -15,6 +15,7 @@ use crate::files::{
     settle, sync_dir, write_atomically,
 };
 use crate::problem::{Outcome, Problem};
+use crate::rescue::StoredRescue;
 
 /// Most cores that QEMU's x86 machines take.
 const MAX_CORES: u32 = 255;
@@ -126,6 +127,7 @@ pub(crate) async fn prepare(
     boot: &Boot,
     tools: &Tools,
     from: Disks,
+    rescue: Option<StoredRescue>,
 ) -> Outcome<Stored> {
     let path = state.make(&config.id, DIR_MODE)?;
     crash::reach(Point::QemuCreateAfterDir);
@@ -178,6 +180,7 @@ pub(crate) async fn prepare(
         disks,
         disk_dir,
         uefi,
+        rescue,
     };
     dir.write(CONFIG, &stored)?;
     Ok(stored)

@@ -29,7 +29,7 @@ use crate::machine::{Machine, Shared};
 use crate::migration::{self, Outgoing};
 use crate::platform::{self, Platform};
 use crate::problem::{Outcome, Problem};
-use crate::{NAME, QemuOptions, agent, create, snapshots, update};
+use crate::{NAME, QemuOptions, agent, create, rescue, snapshots, update};
 
 mod incoming;
 
@@ -39,7 +39,7 @@ const HANDLE_VERSION: u32 = 1;
 const EVENT_QUEUE: usize = 1024;
 
 /// What it can do where QEMU is there.
-const CAPABILITIES: [Capability; 14] = [
+const CAPABILITIES: [Capability; 15] = [
     Capability::Pause,
     Capability::Console,
     Capability::Logs,
@@ -53,6 +53,7 @@ const CAPABILITIES: [Capability; 14] = [
     Capability::SnapshotMemory,
     Capability::Migrate,
     Capability::MigrateStorage,
+    Capability::Rescue,
     Capability::FetchedImages,
 ];
 
@@ -154,7 +155,8 @@ impl QemuDriver {
         let invalid = |reason| DriverError::invalid(id, reason);
         let boot = self.images.resolve(&config.spec, config.image.as_ref()).map_err(invalid)?;
         create::check(&config.spec, &boot).map_err(invalid)?;
-        let made = create::prepare(&self.state, config, &boot, &self.tools(), from).await;
+        let rescue = rescue::plan(&self.images, config, None).map_err(invalid)?;
+        let made = create::prepare(&self.state, config, &boot, &self.tools(), from, rescue).await;
         made.map(drop).map_err(|problem| match problem {
             Problem::Spawn { tool, remedy, source } => DriverError::Unavailable {
                 driver: NAME,
@@ -251,7 +253,7 @@ impl Driver for QemuDriver {
         let machine = self.machine(id, "start")?;
         let platform = self.platform().await?;
         snapshots::finish_revert(&machine, &self.tools()).await?;
-        machine.start(&platform, &self.options.machine).await?;
+        machine.start(&platform, &self.options.machine, &self.tools()).await?;
         Ok(handle())
     }
 
@@ -371,15 +373,20 @@ impl Driver for QemuDriver {
 
     async fn update(&self, config: &InstanceConfig) -> Result<Updated> {
         let machine = self.machine(&config.id, "update")?;
-        update::update(&machine, config, &self.tools(), &self.options.machine).await
+        let rescue = rescue::plan(&self.images, config, Some(&machine.stored()))
+            .map_err(|reason| DriverError::invalid(&config.id, reason))?;
+        update::update(&machine, config, rescue, &self.tools(), &self.options.machine).await
     }
 
     async fn snapshot(&self, id: &InstanceId, request: &SnapshotRequest) -> Result<SnapshotInfo> {
-        snapshots::take(&self.machine(id, "snapshot")?, request, &self.tools()).await
+        let machine = self.machine(id, "snapshot")?;
+        rescue::refuse(&machine, "snapshot")?;
+        snapshots::take(&machine, request, &self.tools()).await
     }
 
     async fn revert(&self, id: &InstanceId, name: &str) -> Result<()> {
         let machine = self.machine(id, "revert")?;
+        rescue::refuse(&machine, "revert")?;
         let platform = self.platform().await?;
         snapshots::revert(&machine, name, &self.tools(), &platform, &self.options.machine).await
     }
@@ -409,6 +416,7 @@ impl Driver for QemuDriver {
 
     async fn migrate(&self, id: &InstanceId, request: &MigrateRequest) -> Result<()> {
         let machine = self.machine(id, "migrate")?;
+        rescue::refuse(&machine, "migrate")?;
         let platform = self.platform().await?;
         migration::source::migrate(&machine, request, &self.options.machine, &platform).await
     }

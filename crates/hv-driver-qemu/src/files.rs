@@ -20,6 +20,7 @@ pub(crate) use hv_machine::log::LOG as CONSOLE;
 use serde::{Deserialize, Serialize};
 
 use crate::problem::Problem;
+use crate::rescue::{RESCUE_DISK, StoredRescue};
 
 pub(crate) const CONFIG: &str = "config.json";
 pub(crate) const RUN: &str = "run.json";
@@ -76,6 +77,9 @@ pub(crate) struct Stored {
     /// The UEFI firmware that it boots with.
     #[serde(default)]
     pub(crate) uefi: Option<PathBuf>,
+    /// What it boots from while it is in rescue.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) rescue: Option<StoredRescue>,
 }
 
 impl Stored {
@@ -84,7 +88,7 @@ impl Stored {
     /// A disk's file as QEMU is told: in the instance's directory, or absolute.
     pub(crate) fn disk_path(&self, disk: &StoredDisk) -> PathBuf {
         match &self.disk_dir {
-            Some(dir) if !disk.read_only => dir.join(&disk.file),
+            Some(dir) if !disk.read_only && disk.file != RESCUE_DISK => dir.join(&disk.file),
             _ => PathBuf::from(&disk.file),
         }
     }
@@ -121,9 +125,9 @@ pub(crate) struct StoredDisk {
 }
 
 impl StoredDisk {
-    /// Whether the guest boots from it, or it is the seed: neither comes nor goes.
+    /// Whether the guest boots from it, now or otherwise, or it is the seed: neither comes nor goes.
     pub(crate) fn is_fixed(&self) -> bool {
-        self.read_only || self.file == BOOT_DISK
+        self.read_only || self.file == BOOT_DISK || self.file == RESCUE_DISK
     }
 }
 

@@ -40,6 +40,8 @@ mod process;
 #[cfg(target_os = "linux")]
 mod qmp;
 #[cfg(target_os = "linux")]
+mod rescue;
+#[cfg(target_os = "linux")]
 mod snapshots;
 #[cfg(target_os = "linux")]
 mod update;

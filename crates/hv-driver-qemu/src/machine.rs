@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::argv::{self, Launch};
 use crate::console;
+use crate::create::Tools;
 use crate::exit;
 use crate::files::{
     AGENT_SOCKET, CONSOLE, CONSOLE_SOCKET, EVENTS, EVENTS_SOCKET, EXIT, InstanceDir, LOCK, MONITOR_SOCKET,
@@ -35,6 +36,7 @@ use crate::platform::Platform;
 use crate::problem::{Outcome, Problem};
 use crate::process;
 use crate::qmp::{Monitor, Qmp};
+use crate::rescue;
 
 /// How long QEMU may take from its start until its monitor answers.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -225,7 +227,12 @@ impl Machine {
         }
     }
 
-    pub(crate) async fn start(self: &Arc<Self>, platform: &Platform, machine_type: &str) -> Done<()> {
+    pub(crate) async fn start(
+        self: &Arc<Self>,
+        platform: &Platform,
+        machine_type: &str,
+        tools: &Tools,
+    ) -> Done<()> {
         let _change = self.change.lock().await;
         let live = self.live_now("start").await?;
         let refused = |reason: &str| Err(DriverError::wrong_state(&self.id, "start", reason));
@@ -236,7 +243,10 @@ impl Machine {
             None if !migration::target::inherit(self).map_err(self.failed("start"))? => {
                 refused("what was to be handed over to it never arrived; delete it")
             }
-            None => self.launch(platform, machine_type, Launch::Run).await.map(drop),
+            None => {
+                rescue::lay(self, tools).await.map_err(self.failed("start"))?;
+                self.launch(platform, machine_type, Launch::Run).await.map(drop)
+            }
             Some(live) => match live.status().await {
                 Status::Running => Ok(()),
                 Status::Still => refused("it is paused; resume it"),
@@ -324,7 +334,7 @@ impl Machine {
         let log = self.dir.append(STDERR)?;
         let also_log = log.try_clone().map_err(Problem::file("open", &self.dir.file(STDERR)))?;
         let mut command = Command::new(&platform.binary);
-        command.args(argv::arguments(&self.stored(), machine_type, platform, launch));
+        command.args(argv::arguments(&rescue::as_started(&self.stored()), machine_type, platform, launch));
         command.current_dir(&self.dir.path);
         command.stdin(Stdio::from(lock)).stdout(Stdio::from(log)).stderr(Stdio::from(also_log));
         // A group of its own: what ends the agent's group does not end the guests.

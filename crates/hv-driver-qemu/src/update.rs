@@ -18,6 +18,7 @@ use crate::live::Live;
 use crate::machine::Machine;
 use crate::migration;
 use crate::problem::{Outcome, Problem};
+use crate::rescue::{self, StoredRescue};
 
 mod running;
 
@@ -25,6 +26,7 @@ mod running;
 pub(crate) async fn update(
     machine: &Arc<Machine>,
     config: &InstanceConfig,
+    rescue: Option<StoredRescue>,
     tools: &Tools,
     machine_type: &str,
 ) -> Result<Updated> {
@@ -44,11 +46,16 @@ pub(crate) async fn update(
     if migration::is_handed_over(machine, live.as_deref()).await.map_err(machine.failed("update"))? {
         return refused("it was handed over to another node");
     }
+    let in_rescue = live.is_some() && rescue::runs_in_rescue(machine).map_err(machine.failed("update"))?;
+    let same = InstanceSpec { rescue: before.config.spec.rescue.clone(), ..config.spec.clone() };
+    if in_rescue && same != before.config.spec {
+        return refused("it runs in rescue, where nothing of it can be changed; stop it first");
+    }
     let taken = match &live {
         Some(live) => running::numbers(live).await.map_err(machine.failed("update"))?,
         None => Vec::new(),
     };
-    let after = plan(&before, config, &taken).map_err(invalid)?;
+    let after = Stored { rescue, ..plan(&before, config, &taken).map_err(invalid)? };
     make_so(machine, &before, after, live.as_deref(), tools, machine_type)
         .await
         .map_err(machine.failed("update"))
@@ -150,9 +157,18 @@ async fn make_so(
     machine.store(after.clone())?;
     let waits = match live {
         Some(live) => {
-            limits::set(machine, live).await;
             let started = machine.dir.read::<Stored>(STARTED)?.unwrap_or_else(|| before.clone());
-            running::bring(live, &started, &after, machine_type).await?
+            let mut waits = Vec::new();
+            if started.rescue.is_none() {
+                limits::set(machine, live).await;
+                waits = running::bring(live, &started, &after, machine_type).await?;
+            } else if started.config.name != after.config.name {
+                waits.push(running::NAME_WAITS.to_owned());
+            }
+            if started.rescue != after.rescue {
+                waits.push("the disk that it boots from is chosen when it starts".to_owned());
+            }
+            waits
         }
         None => Vec::new(),
     };

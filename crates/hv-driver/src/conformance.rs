@@ -25,6 +25,7 @@ pub mod output;
 pub mod recovery;
 pub mod refusal;
 pub mod report;
+pub mod rescue;
 pub mod snapshots;
 mod subject;
 pub mod updates;
@@ -46,6 +47,7 @@ pub fn config(subject: &dyn Subject) -> InstanceConfig {
         spec: subject.spec(),
         metadata: Metadata::default(),
         image: None,
+        rescue_image: None,
     }
 }
 

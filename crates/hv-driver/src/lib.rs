@@ -52,6 +52,42 @@ pub struct InstanceConfig {
     /// The image of the specification, where the node's image store has it; `None`: the driver looks for it itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<LocalImage>,
+    /// The rescue image of the specification, where the node's image store has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rescue_image: Option<LocalImage>,
+}
+
+impl InstanceConfig {
+    /// What it boots from while it is in rescue: as if it were an instance of the rescue image. `None`: it is not in
+    /// rescue.
+    #[must_use]
+    pub fn in_rescue(&self) -> Option<Self> {
+        if !self.spec.is_in_rescue() {
+            return None;
+        }
+        let mut rescue = self.clone();
+        rescue.spec.image = std::mem::take(&mut rescue.spec.rescue);
+        rescue.image = rescue.rescue_image.take();
+        let spec = &mut rescue.spec;
+        for own in [&mut spec.kernel, &mut spec.initrd, &mut spec.kernel_args, &mut spec.working_dir] {
+            own.clear();
+        }
+        spec.command.clear();
+        spec.args.clear();
+        spec.env.clear();
+        Some(rescue)
+    }
+
+    /// Refuses what an instance in rescue cannot do: it runs from another disk than its own.
+    ///
+    /// # Errors
+    /// It is in rescue.
+    pub fn refuse_in_rescue(&self, operation: &'static str) -> Result<()> {
+        if !self.spec.is_in_rescue() {
+            return Ok(());
+        }
+        Err(DriverError::wrong_state(&self.id, operation, "it is in rescue; unrescue it first"))
+    }
 }
 
 /// An image that lies in the node's image store, and stays there until the instance is deleted. Read-only.
@@ -491,7 +527,7 @@ pub trait Driver: Send + Sync + 'static {
     async fn display(&self, id: &InstanceId) -> Result<Display>;
 
     /// Makes an instance that exists, running or not, what this configuration says: name, cores, memory, limits, disks,
-    /// network interfaces. A disk that is in the new configuration only is made, one that is missing from it is removed with what is on
+    /// network interfaces, and whether it is in rescue: from the next start on. A disk that is in the new configuration only is made, one that is missing from it is removed with what is on
     /// it; the boot disk may only grow. Idempotent. Whatever fails, what ran goes on as it was.
     ///
     /// # Errors

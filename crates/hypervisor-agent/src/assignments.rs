@@ -148,6 +148,7 @@ pub(crate) fn order_of(assignment: Assignment) -> Result<Order, Invalid> {
             spec: convert::spec_from(assignment.spec.unwrap_or_default())?,
             metadata: convert::metadata_from(assignment.metadata),
             image: None,
+            rescue_image: None,
         },
         instance_type,
         epoch: Epoch(assignment.epoch),

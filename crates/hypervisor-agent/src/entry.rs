@@ -242,8 +242,14 @@ impl Entry {
     /// An instance that a driver has and nobody knows of.
     pub(crate) fn found(id: InstanceId, instance_type: InstanceType, driver: &str) -> Self {
         let name = id.to_string();
-        let config =
-            InstanceConfig { id, name, spec: Default::default(), metadata: Default::default(), image: None };
+        let config = InstanceConfig {
+            id,
+            name,
+            spec: Default::default(),
+            metadata: Default::default(),
+            image: None,
+            rescue_image: None,
+        };
         let mut entry = Self::blank(config, instance_type, Origin::Found);
         entry.driver = Some(driver.to_owned());
         entry
@@ -303,8 +309,11 @@ impl Entry {
             self.forget_updates();
         }
         let image = self.config.image.take().filter(|_| self.config.spec.image == order.config.spec.image);
+        let is_same = self.config.spec.rescue == order.config.spec.rescue;
+        let rescue_image = self.config.rescue_image.take().filter(|_| is_same);
         self.config = order.config;
         self.config.image = self.config.image.take().or(image);
+        self.config.rescue_image = self.config.rescue_image.take().or(rescue_image);
         self.instance_type = order.instance_type;
         self.origin = Origin::Assigned;
         self.epoch = order.epoch;
@@ -441,6 +450,7 @@ mod tests {
                 spec: Default::default(),
                 metadata: Default::default(),
                 image: None,
+                rescue_image: None,
             },
             instance_type: InstanceType::Vm,
             epoch: Epoch(epoch),

@@ -280,6 +280,7 @@ mod tests {
             spec: Default::default(),
             metadata: Default::default(),
             image: None,
+            rescue_image: None,
         };
         Entry::local(config, InstanceType::Vm)
     }

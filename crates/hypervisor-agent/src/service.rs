@@ -180,6 +180,7 @@ impl AgentService for Service {
             spec: Arc::unwrap_or_clone(record.spec),
             metadata: Arc::unwrap_or_clone(record.metadata),
             image: None,
+            rescue_image: None,
         };
         let view = self.instances.create_local(config, instance_type).map_err(|e| refuse(&e))?;
         Ok(shown(view, 1, wait).await)

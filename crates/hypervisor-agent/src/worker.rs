@@ -350,9 +350,7 @@ impl Worker {
         if session.is_some() && !self.announce(step, seen, &driver).await {
             return;
         }
-        // What is made from a snapshot needs no image.
-        let needs_image = step == Step::Create && self.entry.config.spec.clone_of.is_none();
-        if needs_image && !self.provide_image(&driver, serial).await {
+        if matches!(step, Step::Create | Step::Update) && !self.provide_images(&driver, step, serial).await {
             return;
         }
         if step == Step::Create && *seen == Observed::Absent {

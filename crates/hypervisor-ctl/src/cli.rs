@@ -32,7 +32,9 @@ pub use node::{
 pub use operation::{OperationArgs, OperationCancelArgs, OperationCommand, OperationListArgs};
 pub use placement::{KindArgs, PlacementArgs, ScheduleArgs, ShapeArgs};
 pub use store::{StoreCommand, StoreCompactArgs, StoreDumpArgs, StoreFileArgs, StoreMigrateArgs};
-pub use update::{SnapshotArgs, SnapshotCommand, SnapshotCreateArgs, UpdateArgs};
+pub use update::{
+    RenameArgs, RescueArgs, SnapshotArgs, SnapshotCommand, SnapshotCreateArgs, UnrescueArgs, UpdateArgs,
+};
 
 use crate::output::OutputFormat;
 

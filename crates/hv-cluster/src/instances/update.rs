@@ -33,6 +33,8 @@ use crate::requests::{Done, Mutation, Plan};
 
 /// How often an update is planned anew because it turned out to need a hold, or one of another node.
 const ATTEMPTS: usize = 8;
+/// The capability of drivers that start an instance from another image than its own.
+const RESCUE: &str = "rescue";
 
 /// What is to be different. What is not set stays.
 #[derive(Clone, Debug, Default)]
@@ -47,6 +49,8 @@ pub struct Update {
     pub set_disks: Vec<DiskSpec>,
     /// Names of disks that are removed with what is on them.
     pub remove_disks: Vec<String>,
+    /// The image to start it from, its own disks behind it; empty: out of rescue.
+    pub rescue: Option<String>,
     /// Only if the record is still at this revision.
     pub if_revision: Option<Revision>,
 }
@@ -55,6 +59,9 @@ impl Update {
     /// The specification with what is to be different, checked.
     fn apply(&self, record: &InstanceRecord) -> Result<InstanceSpec> {
         let mut spec = InstanceSpec::clone(&record.spec);
+        if let Some(rescue) = &self.rescue {
+            spec.rescue.clone_from(rescue);
+        }
         spec.cpu_cores = self.cpu_cores.unwrap_or(spec.cpu_cores);
         spec.memory_bytes = self.memory_bytes.unwrap_or(spec.memory_bytes);
         for name in &self.remove_disks {
@@ -85,6 +92,28 @@ impl Update {
         }
         spec.validate(record.instance_type)?;
         Ok(spec)
+    }
+
+    /// An instance goes into rescue, and out of it, by itself; meanwhile nothing of it changes but its name.
+    fn refuse_in_rescue(&self, record: &InstanceRecord, spec: &InstanceSpec) -> Result<()> {
+        let Self { rescue, cpu_cores, memory_bytes, set_disks, remove_disks, .. } = self;
+        let changes_shape = cpu_cores.is_some()
+            || memory_bytes.is_some()
+            || !set_disks.is_empty()
+            || !remove_disks.is_empty();
+        if changes_shape && rescue.is_some() {
+            return Err(Invalid::new("rescue", &spec.rescue, "must be given alone, or with a name").into());
+        }
+        if changes_shape {
+            refuse_in_rescue(record, "change")?;
+        }
+        if record.spec.is_in_rescue() && spec.is_in_rescue() && record.spec.rescue != spec.rescue {
+            return Err(Error::precondition(format!(
+                "instance {} is in rescue already, from {}; unrescue it first",
+                record.name, record.spec.rescue
+            )));
+        }
+        Ok(())
     }
 }
 
@@ -189,6 +218,10 @@ impl Cluster {
         }
         check_state(record)?;
         let spec = update.apply(record)?;
+        update.refuse_in_rescue(record, &spec)?;
+        if spec.rescue != record.spec.rescue {
+            check_rescue(state, record)?;
+        }
         let renamed = update.name.as_ref().filter(|name| **name != record.name);
         if spec == *record.spec && renamed.is_none() {
             return Ok(Planned::Write(Box::new(Plan::unchanged(convert::instance_to(&state.view(record))))));
@@ -254,6 +287,38 @@ impl Cluster {
     }
 }
 
+/// Refuses what an instance in rescue cannot be asked.
+pub(crate) fn refuse_in_rescue(record: &InstanceRecord, what: &str) -> Result<()> {
+    if !record.spec.is_in_rescue() {
+        return Ok(());
+    }
+    Err(Error::precondition(format!(
+        "instance {0} cannot be asked to {what}: it is in rescue, from {1}; first `hypervisor-ctl instance unrescue {0}`",
+        record.name, record.spec.rescue
+    )))
+}
+
+/// Whether its node can start it from another image. What no node has goes where one can, or fails there.
+fn check_rescue(state: &State, record: &InstanceRecord) -> Result<()> {
+    if record.wanted == Wanted::Paused {
+        return Err(Error::precondition(format!(
+            "instance {} is paused; resume or stop it first",
+            record.name
+        )));
+    }
+    let entry = record.node_id().and_then(|node| state.node(node));
+    let Some(node) = entry.and_then(|entry| entry.record.as_ref()) else { return Ok(()) };
+    let mut drivers = node.drivers.iter().filter(|driver| driver.instance_type == record.instance_type);
+    if record.spec.is_in_rescue() || drivers.any(|driver| driver.capabilities.iter().any(|c| c == RESCUE)) {
+        return Ok(());
+    }
+    let message = format!(
+        "instance {} cannot be rescued: no driver for {} on node {} can do `{RESCUE}`",
+        record.name, record.instance_type, node.hostname
+    );
+    Err(ServiceError::new(ErrorCode::Unsupported, message).into())
+}
+
 fn check_state(record: &InstanceRecord) -> Result<()> {
     migrate::refuse_while_migrating(record, "change")?;
     let why = if record.wanted == Wanted::Deleted {
@@ -269,6 +334,7 @@ fn check_state(record: &InstanceRecord) -> Result<()> {
 /// The record after an update was granted.
 fn updated(before: &InstanceRecord, spec: InstanceSpec, name: Option<&String>) -> InstanceRecord {
     let mut after = before.clone();
+    let turns = spec.rescue != before.spec.rescue;
     after.spec = Arc::new(spec);
     if let Some(name) = name {
         after.name.clone_from(name);
@@ -280,6 +346,17 @@ fn updated(before: &InstanceRecord, spec: InstanceSpec, name: Option<&String>) -
     let rests = before.state == InstanceState::Stopped && before.restart_policy == RestartPolicy::Never;
     if before.binding.is_some() && before.wanted == Wanted::Running && rests && before.is_settled() {
         after.wanted = Wanted::Stopped;
+    }
+    if turns {
+        // Into rescue and out of it by a start.
+        after.wanted = Wanted::Running;
+        after.restart_generation = after.generation;
+        after.state_reason =
+            if after.spec.is_in_rescue() { "rescue asked for" } else { "end of rescue asked for" }.to_owned();
+        if before.binding.is_none() {
+            after.state = InstanceState::Pending;
+        }
+        return after;
     }
     if before.binding.is_none() && before.wanted == Wanted::Stopped {
         // No node has it, so nobody else could finish.

@@ -269,6 +269,7 @@ pub(crate) fn movable(state: &State, record: &InstanceRecord, copy_storage: bool
     let refuse =
         |why: String| Error::precondition(format!("instance {} cannot be moved: {why}", record.name));
     refuse_while_migrating(record, "move")?;
+    crate::instances::refuse_in_rescue(record, "move")?;
     let settled = record.observed_generation >= record.generation;
     let shown = state.shown_state(record);
     if record.wanted != Wanted::Running || shown != InstanceState::Running || !settled {

@@ -121,6 +121,7 @@ fn exists(record: &InstanceRecord, name: &str) -> Error {
 /// The node that has the instance, if something can be asked of it there.
 pub(crate) fn on_node<'a>(record: &'a InstanceRecord, asked: &str) -> Result<&'a NodeId> {
     migrate::refuse_while_migrating(record, asked)?;
+    crate::instances::refuse_in_rescue(record, asked)?;
     if record.wanted == Wanted::Deleted {
         return Err(Error::precondition(format!("instance {} is being deleted", record.name)));
     }

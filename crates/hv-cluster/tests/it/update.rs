@@ -1,13 +1,35 @@
 //! Claims about changes of what an instance is made of: room, keys, names.
 
+use std::sync::Arc;
+
 use hv_cluster::instances::Update;
 use hv_cluster::{Error, Mutation};
 use hv_proto::v1;
 use hv_types::instance::{DiskSpec, Request};
-use hv_types::{ErrorCode, InstanceId, InstanceState, NodeId, Resources};
+use hv_types::{ErrorCode, InstanceId, InstanceRecord, InstanceState, InstanceType, NodeId, Resources};
 use tokio::task::JoinSet;
 
 use crate::world::{Server, asked, code, config, disk, keyed, node, report, until};
+
+fn rescue(image: &str) -> Update {
+    Update { rescue: Some(image.into()), ..Update::default() }
+}
+
+/// A node whose driver of virtual machines can do this.
+fn able(id: &str, capability: &str) -> v1::RegisterNodeRequest {
+    let driver = v1::DriverInfo {
+        name: "fake".into(),
+        r#type: v1::InstanceType::Vm.into(),
+        healthy: true,
+        capabilities: vec![capability.into()],
+        ..v1::DriverInfo::default()
+    };
+    v1::RegisterNodeRequest { drivers: vec![driver], ..node(id, 8) }
+}
+
+fn machine(name: &str) -> InstanceRecord {
+    InstanceRecord { instance_type: InstanceType::Vm, ..asked(name) }
+}
 
 fn cores(count: u32) -> Update {
     Update { cpu_cores: Some(count), ..Update::default() }
@@ -228,4 +250,43 @@ async fn what_the_node_says_of_an_update_is_shown_until_it_says_otherwise() {
         Some(server.get(&id).await).filter(|record| record.update_note.is_empty())
     });
     assert!(settled.await.is_settled());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rescue_is_a_restart_and_meanwhile_nothing_but_the_name_changes() {
+    let disk = disk();
+    let server = Server::start(&disk.store, config("a")).await;
+    server.add_node(able("n1", "rescue")).await;
+    let (id, n1) = server.running(machine("web")).await;
+    let before = server.get(&id).await;
+    let rescued = update(&server, &id, rescue("saver")).await.unwrap();
+    let record = server.get(&id).await;
+    assert_eq!(rescued.spec.unwrap().rescue, "saver");
+    assert_eq!(record.restart_generation, before.generation + 1);
+    // Asked for again it changes nothing.
+    assert_eq!(update(&server, &id, rescue("saver")).await.unwrap().generation, record.generation);
+    server.report_one(&n1, report(&record, InstanceState::Running)).await;
+    for refused in [cores(2), rescue("other"), Update { cpu_cores: Some(2), ..rescue("") }] {
+        let refused = update(&server, &id, refused).await;
+        assert!([ErrorCode::FailedPrecondition, ErrorCode::InvalidArgument].contains(&code(refused)));
+    }
+    let named = Update { name: Some("www".into()), ..Update::default() };
+    assert_eq!(update(&server, &id, named).await.unwrap().name, "www");
+    update(&server, &id, rescue("")).await.unwrap();
+    let after = server.get(&id).await;
+    assert_eq!((after.spec.rescue.as_str(), after.restart_generation), ("", after.generation));
+    assert_eq!(update(&server, &id, cores(2)).await.unwrap().spec.unwrap().cpu_cores, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rescue_that_its_node_cannot_do_is_refused() {
+    let disk = disk();
+    let server = Server::start(&disk.store, config("a")).await;
+    server.add_node(able("n1", "pause")).await;
+    let (id, _) = server.running(machine("web")).await;
+    assert_eq!(code(update(&server, &id, rescue("saver")).await), ErrorCode::Unsupported);
+    assert!(!server.get(&id).await.spec.is_in_rescue());
+    let mut record = asked("made");
+    Arc::make_mut(&mut record.spec).rescue = "saver".into();
+    assert!(record.validate().unwrap_err().to_string().contains("containers"));
 }

@@ -460,6 +460,7 @@ async fn where_containerd_is_not_there_everything_says_so() {
         spec: hv_types::InstanceSpec { image: "x".to_owned(), cpu_cores: 1, ..Default::default() },
         metadata: hv_types::Metadata::default(),
         image: None,
+        rescue_image: None,
     };
     let error = driver.create(&config).await.expect_err("created without containerd");
     assert!(matches!(&error, DriverError::Unavailable { .. }) && error.retryable(), "{error:?}");

@@ -105,6 +105,7 @@ impl ContainerdSubject {
             spec: self.spec(),
             metadata: Metadata::default(),
             image: None,
+            rescue_image: None,
         }
     }
 

@@ -35,7 +35,8 @@ impl FakeSubject {
 
     fn options(&self, dir: &Path) -> FakeOptions {
         let capabilities = self.capabilities.clone();
-        FakeOptions { state_dir: dir.to_owned(), capabilities, ..FakeOptions::default() }
+        let images = ["tiny", "rescue"].map(str::to_owned).to_vec();
+        FakeOptions { state_dir: dir.to_owned(), capabilities, images, ..FakeOptions::default() }
     }
 
     fn numbers(&self, what: &str) -> Option<Counter> {
@@ -146,6 +147,10 @@ impl Subject for FakeSubject {
 
     fn network(&self) -> Option<NetworkSpec> {
         Some(NetworkSpec { network_id: "other".to_owned(), ..NetworkSpec::default() })
+    }
+
+    fn rescue_image(&self) -> Option<(String, String)> {
+        Some(("rescue".to_owned(), "fake-rescue: hello from rescue".to_owned()))
     }
 
     fn local_image(&self) -> Option<LocalImage> {

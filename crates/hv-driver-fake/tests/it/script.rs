@@ -28,7 +28,14 @@ pub(crate) fn annotated(pairs: &[(&str, &str)]) -> InstanceConfig {
         memory_bytes: 64 << 20,
         ..InstanceSpec::default()
     };
-    InstanceConfig { id: InstanceId::generate(), name: "scripted".to_owned(), spec, metadata, image: None }
+    InstanceConfig {
+        id: InstanceId::generate(),
+        name: "scripted".to_owned(),
+        spec,
+        metadata,
+        image: None,
+        rescue_image: None,
+    }
 }
 
 #[tokio::test]

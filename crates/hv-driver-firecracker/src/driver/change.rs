@@ -5,6 +5,7 @@ use hv_types::InstanceId;
 
 use super::FirecrackerDriver;
 use crate::files::{CONFIG, DIR_MODE, InstanceDir, NEXT, Stored};
+use crate::images::Boot;
 use crate::problem::{Outcome, Problem};
 use crate::snapshot::{self, Meta};
 use crate::{NAME, boot, create, layout};
@@ -17,6 +18,7 @@ impl FirecrackerDriver {
         let boot = self.images.resolve(config).map_err(|reason| DriverError::invalid(id, reason))?;
         let size = boot.disk.as_deref().map(create::size_of).transpose().map_err(failed)?;
         create::check(&config.spec, size).map_err(|reason| DriverError::invalid(id, reason))?;
+        self.rescue_of(config)?;
         let uid = self.take_uid().map_err(failed)?;
         let (state, owned) = (self.state.clone(), config.clone());
         let prepared = self.blocking(move || create::prepare(&state, &owned, &boot, uid)).await;
@@ -28,6 +30,16 @@ impl FirecrackerDriver {
             Some((operation, reason)) => Err(DriverError::Unsupported { driver: NAME, operation, reason }),
             None => Ok(()),
         }
+    }
+
+    /// What a configuration boots from in rescue; `None`: it is not in rescue.
+    pub(super) fn rescue_of(&self, config: &InstanceConfig) -> Result<Option<Boot>> {
+        let Some(rescue) = config.in_rescue() else { return Ok(None) };
+        let boot = self.images.resolve(&rescue).map_err(|reason| {
+            let reason = reason.trim_start_matches("spec.image: ");
+            DriverError::invalid(&config.id, format!("spec.rescue: {reason}"))
+        })?;
+        Ok(Some(boot))
     }
 
     async fn made(&self, id: &InstanceId, uid: u32, outcome: Outcome<()>) -> Result<()> {
@@ -106,6 +118,9 @@ impl FirecrackerDriver {
         if let Some(reason) = layout::shrinks(&old, &config.spec, &root).map_err(failed)? {
             return Err(DriverError::invalid(id, reason));
         }
+        if config.spec.rescue != old.config.spec.rescue {
+            self.rescue_of(config)?;
+        }
         machine.dir.write(NEXT, config).map_err(failed)?;
         let Some(live) = machine.live_held(OPERATION).await? else {
             let changing = machine.clone();
@@ -113,8 +128,7 @@ impl FirecrackerDriver {
             return Ok(Updated::Done);
         };
         if !layout::is_same_machine(&old.config.spec, &config.spec) {
-            let what =
-                "cores, memory, command line, cards and disks: firecracker fixes them when a machine starts";
+            let what = "cores, memory, command line, cards, disks and what it boots from: firecracker fixes them when a machine starts";
             return Ok(Updated::AtNextStart(what.to_owned()));
         }
         let stored = Stored { config: config.clone(), ..old };

@@ -16,10 +16,12 @@ use crate::api::Api;
 use crate::boot::{self, After};
 use crate::exit;
 use crate::files::{CONSOLE, EXIT, HELD, RESTORE, RUN, STDERR, Stored, StoredExit, StoredRun, now_ms};
+use crate::images::Boot;
 use crate::jail;
 use crate::platform::Platform;
 use crate::problem::{Outcome, Problem};
 use crate::process::try_lock;
+use crate::rescue;
 use crate::snapshot::{self, Restore};
 use crate::tap;
 
@@ -31,9 +33,10 @@ const START_RETRY: Duration = Duration::from_millis(1);
 const DYING_TIMEOUT: Duration = Duration::from_millis(500);
 
 impl Machine {
-    pub(crate) async fn start(self: &Arc<Self>, platform: &Platform) -> Done<()> {
+    /// `rescue`: what it boots from in place of its own, if it is in rescue.
+    pub(crate) async fn start(self: &Arc<Self>, platform: &Platform, rescue: Option<Boot>) -> Done<()> {
         let _change = self.change.lock().await;
-        self.start_held(platform, "start").await
+        self.start_held(platform, "start", rescue).await
     }
 
     /// `change` is held.
@@ -41,6 +44,7 @@ impl Machine {
         self: &Arc<Self>,
         platform: &Platform,
         operation: &'static str,
+        rescue: Option<Boot>,
     ) -> Done<()> {
         if let Some(live) = self.live_held(operation).await? {
             return match live.is_paused().await {
@@ -56,12 +60,16 @@ impl Machine {
                 false => Err(DriverError::failed(&self.id, operation, "an earlier VMM is just ending")),
             };
         };
-        let restore = snapshot::pending(&self.dir, &self.stored()).map_err(&failed)?;
+        let restore = match rescue {
+            // It boots another image than its own, so there is nothing to go on with.
+            Some(_) => None,
+            None => snapshot::pending(&self.dir, &self.stored()).map_err(&failed)?,
+        };
         // A snapshot is of the machine as it was; a change waits until it boots.
         if restore.is_none() {
             self.apply_next().map_err(&failed)?;
         }
-        let stored = self.stored();
+        let stored = self.laid_for(rescue).await.map_err(&failed)?;
         let run = self.clear(restore.as_ref()).map_err(&failed)?;
         let root = jail::prepare_root(&self.dir, &stored, platform).map_err(&failed)?;
         if stored.has_interface() {
@@ -89,6 +97,16 @@ impl Machine {
         live.paused.store(stands, Ordering::Relaxed);
         unfinished.0 = None;
         Ok(())
+    }
+
+    /// What it is started as, once that lies in its root.
+    async fn laid_for(&self, rescue: Option<Boot>) -> Outcome<Stored> {
+        let (stored, root) = (self.stored(), self.root());
+        let laid = tokio::task::spawn_blocking(move || match rescue {
+            None => rescue::clear(&root).map(|()| stored),
+            Some(boot) => rescue::lay(&root, &boot).map(|()| rescue::as_started(&stored, &boot)),
+        });
+        laid.await.map_err(|panicked| Problem::Process(std::io::Error::other(panicked)))?
     }
 
     /// Dead already, or of no use. A snapshot that cannot be loaded is not tried for ever: the next start boots.

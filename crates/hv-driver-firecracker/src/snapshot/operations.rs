@@ -47,7 +47,7 @@ impl Machine {
         let note = Restore { name: Some(name.to_owned()), was_paused: meta.was_paused };
         self.dir.write(RESTORE, &note).map_err(&failed)?;
         if meta.memory {
-            return self.start_held(platform, OPERATION).await;
+            return self.start_held(platform, OPERATION, None).await;
         }
         pending(&self.dir, &stored).map_err(&failed).map(drop)
     }

@@ -14,6 +14,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::subject::{GREETING, RESCUE_GREETING};
+
 const CONTRACT: &str = include_str!("../../src/api/contract.txt");
 /// Tells the test that it is the double, and what its arguments are.
 const ARGUMENTS: &str = "HV_FIRECRACKER_DOUBLE";
@@ -179,10 +181,17 @@ fn act(double: &Arc<Double>, machine: &mut Machine, action: &str) -> Result<(), 
     match (action, machine.state) {
         ("InstanceStart", "Not started") => {
             let source = machine.configured.get("/boot-source").ok_or("no boot source")?;
-            fs::metadata(source["kernel_image_path"].as_str().unwrap()).map_err(|e| e.to_string())?;
+            let kernel =
+                fs::read(source["kernel_image_path"].as_str().unwrap()).map_err(|e| e.to_string())?;
+            let root = |drive: &Value| drive["is_root_device"] == true;
+            if machine.configured.values().filter(|asked| root(asked)).count() > 1 {
+                return Err("more than one root device".to_owned());
+            }
             let line = source["boot_args"].as_str().unwrap_or_default().to_owned();
             machine.state = "Running";
-            begin(double, line, true);
+            let is = |at: &[u8]| at == RESCUE_GREETING.as_bytes();
+            let saves = kernel.windows(RESCUE_GREETING.len()).any(is);
+            begin(double, line, Some(if saves { RESCUE_GREETING } else { GREETING }));
             Ok(())
         }
         ("SendCtrlAltDel", "Running") => {
@@ -221,16 +230,16 @@ fn load_snapshot(double: &Arc<Double>, machine: &mut Machine, body: &Value) -> R
     let line = state["line"].as_str().unwrap_or_default().to_owned();
     machine.configured.insert("/boot-source".to_owned(), json!({ "boot_args": line }));
     machine.state = if body["resume_vm"] == true { "Running" } else { "Paused" };
-    begin(double, line, false);
+    begin(double, line, None);
     Ok(())
 }
 
 /// The guest, and the port on which it is typed to.
-fn begin(double: &Arc<Double>, line: String, greets: bool) {
+fn begin(double: &Arc<Double>, line: String, greeting: Option<&'static str>) {
     let (guest, keyboard) = (double.clone(), double.clone());
     std::thread::spawn(move || {
-        if greets {
-            print(&guest, b"microvm-guest: hello\r\n");
+        if let Some(greeting) = greeting {
+            print(&guest, format!("{greeting}\r\n").as_bytes());
             if line.split(' ').any(|word| word == "quit") {
                 end(&guest, 0);
             }

@@ -19,6 +19,8 @@ use crate::guests::guest;
 
 /// What the guest of the suite prints first.
 pub(crate) const GREETING: &str = "microvm-guest: hello";
+/// What the guest of the rescue image prints first.
+pub(crate) const RESCUE_GREETING: &str = "microvm-saver: hello";
 /// How long anything may take that a test waits for.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// The version that the project's setup script installs.
@@ -135,7 +137,7 @@ impl FirecrackerSubject {
 
     pub(crate) fn config(&self, name: &str) -> InstanceConfig {
         let (id, spec, metadata) = (InstanceId::generate(), self.spec.clone(), Metadata::default());
-        InstanceConfig { id, name: name.to_owned(), spec, metadata, image: None }
+        InstanceConfig { id, name: name.to_owned(), spec, metadata, image: None, rescue_image: None }
     }
 
     /// A guest that counts, as the suite asks it.
@@ -321,6 +323,23 @@ impl Subject for FirecrackerSubject {
         fs::write(dir.join("disk.raw"), [0; 4096]).unwrap();
         let spec = InstanceSpec { image: "keeper".to_owned(), ..self.spec() };
         Some(self.counter_of(spec, Grows::WhenAsked))
+    }
+
+    /// The suite's guest again, made to say something else first.
+    fn rescue_image(&self) -> Option<(String, String)> {
+        let dir = self.options.image_dir.join("rescuer");
+        fs::create_dir_all(&dir).unwrap();
+        let own = fs::read(self.options.image_dir.join("console.elf")).unwrap();
+        let from = GREETING.as_bytes();
+        let mut other = own.clone();
+        match own.windows(from.len()).position(|at| at == from) {
+            Some(at) => other[at..at + from.len()].copy_from_slice(RESCUE_GREETING.as_bytes()),
+            // The double looks for it.
+            None => other.extend_from_slice(RESCUE_GREETING.as_bytes()),
+        }
+        fs::write(dir.join("kernel"), other).unwrap();
+        fs::write(dir.join("disk.raw"), [0; 4096]).unwrap();
+        Some(("rescuer".to_owned(), RESCUE_GREETING.to_owned()))
     }
 
     fn local_image(&self) -> Option<LocalImage> {

@@ -22,7 +22,7 @@ fn stored(name: &str) -> Stored {
     let spec = InstanceSpec { cpu_cores: 2, memory_bytes: 64 << 20, ..InstanceSpec::default() };
     let id = "one".parse().unwrap();
     let config =
-        InstanceConfig { id, name: name.to_owned(), spec, metadata: Metadata::default(), image: None };
+        InstanceConfig { id, name: name.to_owned(), spec, metadata: Metadata::default(), image: None, rescue_image: None };
     Stored {
         version: Stored::VERSION,
         config,
@@ -34,6 +34,7 @@ fn stored(name: &str) -> Stored {
         cmdline: String::new(),
         disks: Vec::new(),
         disk_dir: None,
+        rescue: None,
     }
 }
 

@@ -14,6 +14,7 @@ fn stored(id: &str, name: &str) -> Stored {
         spec,
         metadata: Metadata::default(),
         image: None,
+        rescue_image: None,
     };
     let disk = StoredDisk {
         file: "boot.qcow2".into(),
@@ -36,6 +37,7 @@ fn stored(id: &str, name: &str) -> Stored {
         disks,
         disk_dir: None,
         uefi: None,
+        rescue: None,
     }
 }
 
@@ -111,4 +113,22 @@ fn a_mac_address_is_local_unicast_and_belongs_to_the_id() {
     assert_eq!(one, mac_address("one"));
     assert_ne!(one, mac_address("two"));
     assert!(one.starts_with("02:") && one.len() == 17, "{one}");
+}
+
+#[test]
+fn the_rescue_disk_comes_first_and_its_own_disks_keep_their_places() {
+    let mut stored = stored("i-1", "a");
+    let own = list(&stored, Accelerator::Tcg);
+    let rescue =
+        r#"{"kernel":null,"initrd":null,"cmdline":"","disk":{"path":"/r","format":"raw","size_bytes":512}}"#;
+    stored.rescue = Some(serde_json::from_str(rescue).unwrap());
+    let rescued = list(&crate::rescue::as_started(&stored), Accelerator::Tcg);
+    let disks = |list: &[String]| -> Vec<String> {
+        list.iter().filter(|word| word.starts_with("virtio-blk-pci")).cloned().collect()
+    };
+    let (own, rescued) = (disks(&own), disks(&rescued));
+    assert_eq!(rescued.len(), own.len() + 1);
+    assert!(rescued[0].contains("addr=0x7.0") && rescued[0].ends_with("bootindex=1"), "{}", rescued[0]);
+    assert_eq!(rescued[1], own[0].trim_end_matches(",bootindex=1"));
+    assert_eq!(rescued[2..], own[1..]);
 }

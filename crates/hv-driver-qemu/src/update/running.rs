@@ -15,6 +15,8 @@ const MEMORY_STEP: u64 = 128 << 20;
 const BALLOON_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a guest may take to let a disk go.
 const UNPLUG_TIMEOUT: Duration = Duration::from_secs(8);
+/// Why a new name waits.
+pub(super) const NAME_WAITS: &str = "the guest sees its new name when it starts";
 /// How often it is looked at meanwhile.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -28,7 +30,7 @@ pub(super) async fn bring(
     let mut waits = Vec::new();
     let (old, new) = (&started.config, &after.config);
     if old.name != new.name {
-        waits.push("the guest sees its new name when it starts".to_owned());
+        waits.push(NAME_WAITS.to_owned());
     }
     if old.spec.user_data != new.spec.user_data {
         waits.push("the guest sees its new user data when it starts".to_owned());

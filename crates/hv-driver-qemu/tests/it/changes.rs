@@ -143,3 +143,32 @@ async fn uefi_is_booted_where_its_firmware_is_installed() {
     assert_eq!(driver.observe(&config.id).await.unwrap(), Observed::Stopped(Exit::Stopped));
     cleaned(&subject, &driver, &config).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_rescue_its_own_disks_are_there_and_nothing_else_changes() {
+    let Some(subject) = setup().await else { return };
+    let mut config = subject.config("rescued");
+    config.spec.disks.push(disk("data", 4 << 20, false));
+    let dir = subject.instance_dir(&config.id);
+    let driver = subject.qemu();
+    driver.create(&config).await.unwrap();
+    let mut rescued = config.clone();
+    rescued.spec.rescue = "counter".to_owned();
+    assert_eq!(driver.update(&rescued).await.unwrap(), Updated::Done);
+    driver.start(&config.id).await.unwrap();
+    // The rescue disk, its own boot disk, and the other one.
+    assert_eq!(sizes(&dir).len(), 3);
+    let mut more = rescued.clone();
+    more.spec.cpu_cores += 1;
+    let refused = driver.update(&more).await.unwrap_err();
+    assert!(matches!(refused, DriverError::WrongState { .. }), "{refused}");
+    // The image may go meanwhile, and a name is only a name.
+    fs::remove_file(subject.options.image_dir.join("counter.raw")).unwrap();
+    rescued.name = "renamed".to_owned();
+    assert!(matches!(driver.update(&rescued).await.unwrap(), Updated::AtNextStart(_)));
+    driver.stop(&config.id, StopMode::Force).await.unwrap();
+    assert_eq!(driver.update(&config).await.unwrap(), Updated::Done);
+    driver.start(&config.id).await.unwrap();
+    assert_eq!(sizes(&dir).len(), 2);
+    cleaned(&subject, &driver, &config).await;
+}

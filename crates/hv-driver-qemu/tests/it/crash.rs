@@ -36,6 +36,9 @@ const POINTS: [(&str, Goal); 8] = [
 async fn work(options: QemuOptions, config: InstanceConfig) {
     let driver = QemuDriver::new(options);
     driver.create(&config).await.unwrap();
+    if config.spec.is_in_rescue() {
+        driver.update(&config).await.unwrap();
+    }
     driver.start(&config.id).await.unwrap();
     driver.stop(&config.id, StopMode::Graceful(hv_driver::conformance::STOP_TIMEOUT)).await.unwrap();
     driver.start(&config.id).await.unwrap();
@@ -98,6 +101,33 @@ async fn a_crash_at_any_step_is_survived_with_one_qemu() {
             }
             Goal::Deleted => {}
         }
+        cleaned(&subject, &driver, &config).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_on_the_way_into_rescue_leaves_its_own_disks_as_they_were() {
+    for point in ["qemu.start.before_spawn", "qemu.start.after_spawn", "qemu.start.after_qmp"] {
+        let Some(subject) = setup().await else { return };
+        let config = subject.config("rescued");
+        let own = subject.instance_dir(&config.id).join("boot.qcow2");
+        let driver = subject.qemu();
+        driver.create(&config).await.unwrap();
+        drop(driver);
+        let before = std::fs::read(&own).unwrap();
+        let mut rescued = config.clone();
+        rescued.spec.rescue = "counter".to_owned();
+        die_at(point, &subject, &rescued);
+        let driver = subject.qemu();
+        driver.recover(&config.id, None).await.unwrap();
+        driver.start(&config.id).await.unwrap();
+        assert_eq!(subject.copies(&config.id), 1, "{point}");
+        assert!(subject.instance_dir(&config.id).join("rescue.qcow2").exists(), "{point}");
+        driver.stop(&config.id, StopMode::Force).await.unwrap();
+        assert!(std::fs::read(&own).unwrap() == before, "{point}: its own disk is another");
+        driver.update(&config).await.unwrap();
+        driver.start(&config.id).await.unwrap();
+        assert!(!subject.instance_dir(&config.id).join("rescue.qcow2").exists(), "{point}");
         cleaned(&subject, &driver, &config).await;
     }
 }

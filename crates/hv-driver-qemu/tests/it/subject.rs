@@ -178,7 +178,7 @@ impl QemuSubject {
 
     pub(crate) fn config(&self, name: &str) -> InstanceConfig {
         let (id, spec, metadata) = (InstanceId::generate(), self.spec.clone(), Metadata::default());
-        InstanceConfig { id, name: name.to_owned(), spec, metadata, image: None }
+        InstanceConfig { id, name: name.to_owned(), spec, metadata, image: None, rescue_image: None }
     }
 
     pub(crate) fn instance_dir(&self, id: &InstanceId) -> PathBuf {
@@ -263,6 +263,10 @@ impl Subject for QemuSubject {
     fn counter(&self) -> Option<Counter> {
         let spec = InstanceSpec { image: "counter".to_owned(), ..self.spec.clone() };
         Some(Counter { spec, ask: "?".to_owned(), answer: "n=".to_owned(), grows: Grows::ByItself })
+    }
+
+    fn rescue_image(&self) -> Option<(String, String)> {
+        Some(("counter".to_owned(), "counter-guest: hello".to_owned()))
     }
 
     fn local_image(&self) -> Option<LocalImage> {

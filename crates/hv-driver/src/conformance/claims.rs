@@ -99,7 +99,10 @@ macro_rules! driver_conformance {
             options[user_data]: user_data_is_taken_or_refused,
             options[direct_boot]: a_kernel_is_booted_or_refused,
             options[display]: a_screen_is_served_or_refused,
-            options[rescue]: what_has_no_operation_is_not_promised,
+            updates[rename]: a_new_name_disturbs_nothing_and_is_there_after_a_restart,
+            rescue[rescue]: it_starts_from_a_rescue_image_and_goes_back,
+            rescue[rescue]: a_rescue_image_that_is_not_there_changes_nothing,
+            rescue[rescue]: an_instance_in_rescue_is_found_again_and_takes_no_snapshot,
             options[fetched_images]: an_image_of_the_store_is_started_or_refused,
             options[fetched_images]: an_image_that_is_not_there_is_refused,
         }

@@ -112,13 +112,6 @@ async fn connect(socket: &std::path::Path) -> std::io::Result<tokio::net::UnixSt
     tokio::net::UnixStream::connect(short).await
 }
 
-/// The contract has no operation for it yet, so that nobody can promise it.
-pub async fn what_has_no_operation_is_not_promised(subject: &dyn Subject) {
-    let driver = subject.driver();
-    assert!(!can(&*driver, Capability::Rescue).await, "rescue is promised and cannot be asked for");
-    report::refused("the contract has no operation for it");
-}
-
 /// What the node's image store has is started, in the forms that the driver takes, or refused.
 pub async fn an_image_of_the_store_is_started_or_refused(subject: &dyn Subject) {
     let (driver, mut config) = (subject.driver(), config(subject));

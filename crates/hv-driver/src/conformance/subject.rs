@@ -68,6 +68,12 @@ pub trait Subject: Send + Sync {
         None
     }
 
+    /// An image that [`Subject::spec`] can be rescued with: its name, and what its guest prints first, which
+    /// [`Subject::greeting`] is no part of.
+    fn rescue_image(&self) -> Option<(String, String)> {
+        None
+    }
+
     /// What a running instance has, asked of its runtime without the driver. `None`: it cannot be asked, and the driver
     /// is believed.
     async fn measured(&self, id: &InstanceId) -> Option<Measured> {

@@ -115,6 +115,23 @@ pub async fn what_is_changed_is_true_after_a_restart(subject: &dyn Subject) {
     cleaned(subject, &*driver, &config).await;
 }
 
+/// It is found by its id as before, whatever its name.
+pub async fn a_new_name_disturbs_nothing_and_is_there_after_a_restart(subject: &dyn Subject) {
+    let (driver, config) = started(subject).await;
+    if can_update(subject, &*driver, &config).await {
+        let renamed = InstanceConfig { name: "another-name".to_owned(), ..config.clone() };
+        for _ in 0..2 {
+            updated(subject, &*driver, &renamed).await;
+        }
+        let listed = driver.list().await.expect("list");
+        assert_eq!(listed, std::slice::from_ref(&config.id));
+        restarted(&*driver, &config.id).await;
+        assert_eq!(subject.copies(&config.id), 1);
+        assert_eq!(driver.update(&renamed).await.expect("update"), Updated::Done, "the name still waits");
+    }
+    cleaned(subject, &*driver, &config).await;
+}
+
 /// There is nothing to wait for, also if it never ran.
 pub async fn an_update_of_what_does_not_run_is_done_at_once(subject: &dyn Subject) {
     let (driver, config) = created(subject).await;

@@ -176,6 +176,7 @@ pub fn spec_to(spec: &InstanceSpec) -> v1::InstanceSpec {
             instance_id: origin.instance.to_string(),
             snapshot: origin.snapshot.clone(),
         }),
+        rescue: spec.rescue.clone(),
     }
 }
 
@@ -244,6 +245,7 @@ pub fn spec_from(spec: v1::InstanceSpec) -> Result<InstanceSpec, Invalid> {
         working_dir: spec.working_dir,
         health_check: spec.health_check.map(health_check_from),
         clone_of: spec.clone_of.map(clone_of_from).transpose()?,
+        rescue: spec.rescue,
     })
 }
 
@@ -311,6 +313,10 @@ pub fn create_request_from(request: v1::CreateInstanceRequest) -> Result<Instanc
             Arc::new(spec_from(spec)?),
         )
     };
+    if record.spec.is_in_rescue() {
+        let expected = "must be empty: create it first, then `hypervisor-ctl instance rescue`";
+        return Err(Invalid::new("spec.rescue", &record.spec.rescue, expected));
+    }
     record.validate()?;
     Ok(record)
 }

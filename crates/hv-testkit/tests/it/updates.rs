@@ -138,3 +138,35 @@ async fn a_snapshot_survives_the_death_of_the_server() -> Result<()> {
 async fn a_snapshot_survives_the_death_of_the_agent() -> Result<()> {
     survive(Victim::Agent).await
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_is_renamed_rescued_and_started_from_its_own_disks_again() -> Result<()> {
+    let (cluster, created) = begin("1ms").await?;
+    let outcome = rescue(&cluster, &created).await;
+    outcome.map_err(|error| error.context(cluster.logs()))
+}
+
+async fn rescue(cluster: &Cluster, created: &v1::Instance) -> Result<()> {
+    cluster.ctl(&["instance", "rename", "web", "www"]).await?;
+    let client = cluster.clients()?.compute();
+    let renamed = until_settled(&client, &created.id, v1::InstanceState::Running).await?;
+    ensure!(renamed.name == "www" && renamed.started_at == created.started_at, "{renamed:?}");
+    cluster.ctl(&["instance", "rescue", "www", "--image", "tiny"]).await?;
+    let shown = cluster.ctl(&["instance", "describe", "www"]).await?;
+    ensure!(shown.contains("from tiny, its own disks behind it"), "{shown}");
+    let listed = cluster.ctl(&["instance", "list"]).await?;
+    ensure!(listed.contains("RUNNING (rescue)"), "{listed}");
+    for refused in [
+        ["instance", "snapshot", "create", "www", "one"].as_slice(),
+        &["instance", "migrate", "www"],
+        &["instance", "update", "www", "--cpus", "2"],
+    ] {
+        let refused = cluster.ctl(refused).await.err().map(|error| error.to_string()).unwrap_or_default();
+        ensure!(refused.contains("it is in rescue, from tiny"), "it was not refused: {refused}");
+    }
+    cluster.ctl(&["instance", "unrescue", "www"]).await?;
+    let back = until_settled(&client, &created.id, v1::InstanceState::Running).await?;
+    ensure!(back.spec.is_some_and(|spec| spec.rescue.is_empty()), "it is still in rescue");
+    cluster.ctl(&["instance", "update", "www", "--cpus", "2"]).await?;
+    Ok(())
+}

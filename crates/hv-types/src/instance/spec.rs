@@ -75,6 +75,9 @@ pub struct InstanceSpec {
     /// How a container is known to be well.
     #[serde(default)]
     pub health_check: Option<HealthCheck>,
+    /// The image that it is started from to be repaired, its own disks behind it; empty: it is not in rescue.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub rescue: String,
     /// What it is made from instead of its image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clone_of: Option<Box<CloneOrigin>>,
@@ -245,6 +248,12 @@ impl InstanceSpec {
         if self.clone_of.is_some() { "" } else { &self.image }
     }
 
+    /// Whether it is started from another image than its own, to be repaired.
+    #[must_use]
+    pub fn is_in_rescue(&self) -> bool {
+        !self.rescue.is_empty()
+    }
+
     /// What the scheduler counts. Disks count with the size asked for.
     #[must_use]
     pub fn resources(&self) -> Resources {
@@ -295,6 +304,14 @@ impl InstanceSpec {
         validate::text("spec.kernel_args", kernel_args, MAX_KERNEL_ARGS_BYTES)?;
         if kernel_args.contains('\n') {
             return Err(Invalid::new("spec.kernel_args", kernel_args, "must be one line"));
+        }
+        if self.is_in_rescue() {
+            validate::printable("spec.rescue", &self.rescue, 512)?;
+            if instance_type == InstanceType::Container {
+                let expected = "is not for containers: stop it, and run another container from a rescue image with the \
+                                same volumes, or use `hypervisor-ctl instance exec`";
+                return Err(Invalid::new("spec.rescue", &self.rescue, expected));
+            }
         }
         let bootable =
             !self.image.is_empty() || (!self.kernel.is_empty() && instance_type != InstanceType::Container);

@@ -20,6 +20,7 @@ fn order(generation: u64, wanted: Wanted, restart_generation: u64) -> Order {
             spec: Default::default(),
             metadata: Default::default(),
             image: None,
+            rescue_image: None,
         },
         instance_type: InstanceType::Vm,
         epoch: Epoch(1),

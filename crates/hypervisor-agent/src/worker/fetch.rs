@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use hv_driver::{Driver, DriverError, LocalImage};
+use hv_driver::{Driver, DriverError, InstanceConfig, LocalImage};
 use hv_image::Progress;
 use hv_types::{InstanceState, Wanted};
 use parking_lot::Mutex;
@@ -104,15 +104,44 @@ impl Worker {
         }
     }
 
-    /// Sees to it that the image of the instance is on this node, and tells how far it is. False: it is not, and what was
-    /// to be done with it is over, or put off.
-    pub(super) async fn provide_image(&mut self, driver: &Arc<dyn Driver>, serial: u64) -> bool {
-        let images = Arc::clone(&self.context.images);
-        if !images.concerns(&self.entry.config, self.entry.instance_type) {
+    /// Sees to it that the images that a step needs are on this node. False: one is not, and what was to be done with it
+    /// is over, or put off.
+    pub(super) async fn provide_images(&mut self, driver: &Arc<dyn Driver>, step: Step, serial: u64) -> bool {
+        // What is made from a snapshot needs no image.
+        if step == Step::Create && self.entry.config.spec.clone_of.is_none() {
+            match self.provide_image(driver, self.entry.config.clone(), step, serial).await {
+                Some(image) => self.entry.config.image = image,
+                None => return false,
+            }
+        }
+        let Some(rescue) = self.entry.config.in_rescue().filter(|rescue| rescue.image.is_none()) else {
             return true;
+        };
+        match self.provide_image(driver, rescue, step, serial).await {
+            Some(image) => self.entry.config.rescue_image = image,
+            None => return false,
+        }
+        true
+    }
+
+    /// Sees to it that the image of a configuration is on this node, and tells how far it is. `None`: it is not.
+    async fn provide_image(
+        &mut self,
+        driver: &Arc<dyn Driver>,
+        config: InstanceConfig,
+        step: Step,
+        serial: u64,
+    ) -> Option<Option<LocalImage>> {
+        let images = Arc::clone(&self.context.images);
+        let instance_type = self.entry.instance_type;
+        if !images.concerns(&config, instance_type) {
+            return Some(config.image);
         }
         let (progress, seen) = watch::channel(Default::default());
-        let (config, instance_type) = (self.entry.config.clone(), self.entry.instance_type);
+        let shown = match step {
+            Step::Create => InstanceState::Creating,
+            _ => self.view.borrow().record.state,
+        };
         let fetch = Fetch::begin(images.provide(Arc::clone(driver), config, instance_type, None, progress));
         let end = Instant::now() + self.context.tuning.fetch_deadline;
         let is_pointless = |entry: &Entry| entry.wanted == Wanted::Deleted || entry.released;
@@ -125,25 +154,22 @@ impl Worker {
             });
             let left = end.saturating_duration_since(Instant::now());
             match self.call(look, left, OPERATION, None, is_pointless).await {
-                Called::Overtaken => return false,
+                Called::Overtaken => return None,
                 Called::Done(Err(error)) => break error,
                 Called::Done(Ok(())) => {}
             }
             let outcome = fetch.outcome.lock().take();
             match outcome {
-                Some(Ok(image)) => {
-                    self.entry.config.image = image;
-                    return true;
-                }
+                Some(Ok(image)) => return Some(image),
                 Some(Err(error)) => break error,
                 None => {
                     let reason = told(*seen.borrow());
-                    self.publish(InstanceState::Creating, &reason);
+                    self.publish(shown, &reason);
                 }
             }
         };
         self.look = true;
-        self.setback(Step::Create, serial, &error);
-        false
+        self.setback(step, serial, &error);
+        None
     }
 }

@@ -25,7 +25,14 @@ impl Worker {
         tracing::warn!(instance = %self.entry.id(), error = why, "the instance could not be changed");
         let runs = matches!(self.seen, Some(Observed::Running(_) | Observed::Paused(_)));
         let told = Told::of(&self.entry.config);
-        self.entry.updated(told, note, runs);
+        let rescue = &self.entry.config.spec.rescue;
+        let turns = self.entry.told.as_ref().is_some_and(|told| told.spec.rescue != *rescue);
+        self.entry.updated(told, note.clone(), runs);
+        if turns {
+            // It is not started from a disk that nobody asked for.
+            self.entry.restart_pending = false;
+            self.entry.fail(note);
+        }
         (self.unsaved, self.failures, self.trouble) = (true, 0, None);
         true
     }

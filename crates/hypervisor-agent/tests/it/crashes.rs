@@ -132,3 +132,27 @@ async fn a_death_at_a_later_time_of_the_same_step_changes_nothing_either() {
         survive(point, 2).await;
     }
 }
+
+#[tokio::test]
+async fn a_death_on_the_way_into_rescue_starts_it_there_once() {
+    for point in
+        [Point::AgentUpdateBefore, Point::AgentUpdateAfter, Point::AgentStopBefore, Point::AgentStopAfter]
+    {
+        let (control, dir) = (Control::start().await, tempfile::tempdir().unwrap());
+        let crash = format!("{point}:1");
+        let agent = spawn(&control, dir.path(), Some(&crash));
+        control.assign(assignment("a"));
+        control.settled("a", InstanceState::Running).await;
+        control.change("a", |assignment| {
+            assignment.spec.get_or_insert_default().rescue = "tiny".into();
+            assignment.restart_generation = assignment.generation;
+        });
+        let mut agent = die_and_come_back(&control, dir.path(), &crash, agent).await;
+        control.settled("a", InstanceState::Running).await;
+        let made = read_record(&dir.path().join("fake"), &"a".parse().unwrap()).unwrap().unwrap();
+        assert_eq!(made.config.spec.rescue, "tiny", "{crash}");
+        let runs = (count(dir.path(), LedgerEvent::Started), count(dir.path(), LedgerEvent::Ended));
+        assert_eq!(runs, (2, 1), "{crash}");
+        agent.kill().await.unwrap();
+    }
+}

@@ -63,7 +63,14 @@ async fn stray(node: &Node, id: &str) {
         ..InstanceSpec::default()
     };
     let id = id.parse().unwrap();
-    let config = InstanceConfig { id, name: "stray".into(), spec, metadata: Default::default(), image: None };
+    let config = InstanceConfig {
+        id,
+        name: "stray".into(),
+        spec,
+        metadata: Default::default(),
+        image: None,
+        rescue_image: None,
+    };
     driver.create(&config).await.unwrap();
     driver.start(&config.id).await.unwrap();
 }

@@ -96,3 +96,49 @@ async fn what_is_changed_before_it_is_made_is_made_so() {
     control.settled("a", InstanceState::Running).await;
     assert_eq!(made(&node, "a").cpu_cores, 5);
 }
+
+fn rescue_from(assignment: &mut v1::Assignment, image: &str) {
+    assignment.spec.get_or_insert_default().rescue = image.into();
+    assignment.restart_generation = assignment.generation;
+}
+
+#[tokio::test]
+async fn into_rescue_and_out_of_it_are_one_start_each() {
+    let control = Control::start().await;
+    let mut node = Node::started(&control).await;
+    control.assign(assignment("a"));
+    control.settled("a", InstanceState::Running).await;
+    for (image, starts) in [("tiny", 2), ("", 3)] {
+        control.change("a", |assignment| rescue_from(assignment, image));
+        let report = control.settled("a", InstanceState::Running).await;
+        assert_eq!((report.update_note.as_str(), made(&node, "a").rescue.as_str()), ("", image));
+        assert_eq!(node.count("a", LedgerEvent::Started), starts);
+        node.kill();
+        node.start().await;
+        control.settled("a", InstanceState::Running).await;
+        assert_eq!(node.count("a", LedgerEvent::Started), starts);
+    }
+}
+
+#[tokio::test]
+async fn a_rescue_that_cannot_be_is_told_and_starts_nothing() {
+    let control = Control::start().await;
+    let node = Node::started(&control).await;
+    control.assign(assignment("a"));
+    control.settled("a", InstanceState::Running).await;
+    control.change("a", |assignment| rescue_from(assignment, "none"));
+    let report = control.settled("a", InstanceState::Running).await;
+    assert!(report.update_note.contains("no image `none`"), "{report:?}");
+    assert_eq!(node.count("a", LedgerEvent::Ended), 0);
+    control.want("a", InstanceWanted::Stopped);
+    control.settled("a", InstanceState::Stopped).await;
+    control.change("a", |assignment| rescue_from(assignment, ""));
+    control.settled("a", InstanceState::Stopped).await;
+    control.change("a", |assignment| {
+        assignment.wanted = InstanceWanted::Running.into();
+        rescue_from(assignment, "none");
+    });
+    let report = control.settled("a", InstanceState::Failed).await;
+    assert!(report.state_reason.contains("no image `none`"), "{report:?}");
+    assert_eq!(node.count("a", LedgerEvent::Started), 1);
+}

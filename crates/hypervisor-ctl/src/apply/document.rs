@@ -248,6 +248,9 @@ struct Spec {
     working_dir: Option<String>,
     #[serde(alias = "healthCheck")]
     health_check: Option<v1::HealthCheck>,
+    /// Part of what is printed of an instance in rescue; it is set by a command of its own.
+    #[serde(default, rename = "rescue", deserialize_with = "ignored")]
+    _rescue: (),
 }
 
 #[derive(Debug, Deserialize)]
@@ -463,6 +466,7 @@ impl Spec {
             health_check: self.health_check,
             // Only `instance clone` makes instances from snapshots.
             clone_of: None,
+            rescue: String::new(),
         }
     }
 }

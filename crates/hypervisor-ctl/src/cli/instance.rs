@@ -7,7 +7,10 @@ use hv_config::HumanDuration;
 use hv_types::{InstanceState, InstanceType};
 
 use super::placement::ShapeArgs;
-use super::{CloneArgs, MigrateArgs, RequestKeyArgs, SnapshotCommand, UpdateArgs, WaitArgs, value};
+use super::{
+    CloneArgs, MigrateArgs, RenameArgs, RequestKeyArgs, RescueArgs, SnapshotCommand, UnrescueArgs,
+    UpdateArgs, WaitArgs, value,
+};
 
 /// What can be done with instances.
 #[derive(Debug, Subcommand)]
@@ -45,6 +48,12 @@ Examples:
     Resume(NamesArgs),
     /// Change the cores, memory, disks or name of an instance
     Update(UpdateArgs),
+    /// Give an instance another name, running or not
+    Rename(RenameArgs),
+    /// Start an instance from another image, to repair it
+    Rescue(RescueArgs),
+    /// Start an instance from its own disks again
+    Unrescue(UnrescueArgs),
     /// Keep what an instance is, and return to it
     #[command(subcommand, visible_alias = "snapshots")]
     Snapshot(SnapshotCommand),

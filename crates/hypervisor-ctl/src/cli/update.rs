@@ -47,6 +47,69 @@ pub struct UpdateArgs {
     pub key: RequestKeyArgs,
 }
 
+/// `instance rescue`.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+The instance is stopped and started from the rescue image, with its own disks behind the first one. What is written to
+the rescue disk is lost with the next start. Until `instance unrescue` it cannot be changed, moved, or have snapshots taken.
+Containers have no rescue.
+
+Examples:
+  hypervisor-ctl instance rescue web --image debian-13
+  hypervisor-ctl instance console web")]
+pub struct RescueArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "NAME")]
+    pub target: String,
+    /// The image to start from
+    #[arg(long, value_name = "IMAGE")]
+    pub image: String,
+    /// Whether to wait.
+    #[command(flatten)]
+    pub wait: WaitArgs,
+    /// The request's identity.
+    #[command(flatten)]
+    pub key: RequestKeyArgs,
+}
+
+/// `instance unrescue`.
+#[derive(Debug, Args)]
+#[command(after_long_help = "Examples:\n  hypervisor-ctl instance unrescue web")]
+pub struct UnrescueArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "NAME")]
+    pub target: String,
+    /// Whether to wait.
+    #[command(flatten)]
+    pub wait: WaitArgs,
+    /// The request's identity.
+    #[command(flatten)]
+    pub key: RequestKeyArgs,
+}
+
+/// `instance rename`.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+An instance keeps its id, its disks and what it runs. A guest that runs sees its new host name when it starts anew.
+Instances of a set are named after it and cannot be renamed.
+
+Examples:
+  hypervisor-ctl instance rename web web-old")]
+pub struct RenameArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "OLD")]
+    pub target: String,
+    /// Its new name: 1 to 63 lower-case letters, digits and -
+    #[arg(value_name = "NEW")]
+    pub new: String,
+    /// Whether to wait.
+    #[command(flatten)]
+    pub wait: WaitArgs,
+    /// The request's identity.
+    #[command(flatten)]
+    pub key: RequestKeyArgs,
+}
+
 /// What can be done with the snapshots of an instance.
 #[derive(Debug, Subcommand)]
 pub enum SnapshotCommand {

@@ -50,6 +50,9 @@ pub(super) async fn run(
             change::run(context, only, &args.target, verb).await
         }
         InstanceCommand::Update(args) => update::run(context, only, &args).await,
+        InstanceCommand::Rename(args) => update::rename(context, only, &args).await,
+        InstanceCommand::Rescue(args) => update::rescue(context, only, &args).await,
+        InstanceCommand::Unrescue(args) => update::unrescue(context, only, &args).await,
         InstanceCommand::Snapshot(command) => snapshot::run(context, only, command).await,
         InstanceCommand::Clone(args) => clone::run(context, only, &args).await,
         InstanceCommand::Migrate(args) => migrate::run(context, only, &args).await,

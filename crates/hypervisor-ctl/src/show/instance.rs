@@ -54,7 +54,7 @@ impl InstanceTable {
             if self.wide { escape(&instance.id) } else { short_id(&instance.id, self.id_chars) }.into(),
             escape(&instance.name).into(),
             type_name(instance.r#type()).into(),
-            Cell::toned(state_name(instance.state()), tone(instance.state())),
+            Cell::toned(&state_shown(instance), tone(instance.state())),
             if self.wide { escape(&instance.node_id) } else { short_id(&instance.node_id, self.id_chars) }
                 .into(),
             escape(&instance.ip_address).into(),
@@ -75,6 +75,13 @@ impl InstanceTable {
         }
         row
     }
+}
+
+/// The state, with a word about what it runs from if that is not its own disk.
+fn state_shown(instance: &v1::Instance) -> String {
+    let rescue = instance.spec.as_ref().is_some_and(|spec| !spec.rescue.is_empty());
+    let state = state_name(instance.state());
+    if rescue { format!("{state} (rescue)") } else { state.to_owned() }
 }
 
 /// A state as people see it.
@@ -123,6 +130,9 @@ pub(crate) fn describe(instance: &v1::Instance, node_name: &str, output: Output)
     page.some(0, "Project", escape(&instance.project));
     page.line(0, "State", tone(state).paint(state_name(state), output.colours));
     page.some(0, "Reason", escape(&instance.state_reason));
+    if let Some(spec) = instance.spec.as_ref().filter(|spec| !spec.rescue.is_empty()) {
+        page.line(0, "Rescue", format!("from {}, its own disks behind it", escape(&spec.rescue)));
+    }
     page.some(0, "Wanted", wanted_name(instance.wanted()));
     let progress =
         if instance.observed_generation >= instance.generation { "settled" } else { "in progress" };

@@ -39,6 +39,7 @@ fn update_from(request: v1::UpdateInstanceRequest) -> Result<Update, Invalid> {
         memory_bytes: memory_bytes.transpose()?,
         set_disks: request.set_disks.into_iter().map(disk_from).collect::<Result<_, _>>()?,
         remove_disks: request.remove_disks,
+        rescue: request.rescue,
         if_revision: (request.if_revision != 0).then_some(Revision(request.if_revision)),
     })
 }
