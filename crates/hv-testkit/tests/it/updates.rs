@@ -167,6 +167,10 @@ async fn rescue(cluster: &Cluster, created: &v1::Instance) -> Result<()> {
     cluster.ctl(&["instance", "unrescue", "www"]).await?;
     let back = until_settled(&client, &created.id, v1::InstanceState::Running).await?;
     ensure!(back.spec.is_some_and(|spec| spec.rescue.is_empty()), "it is still in rescue");
+    let refused = cluster.ctl(&["instance", "rescue", "www", "--image", "none"]).await;
+    let refused = refused.err().map(|error| error.to_string()).unwrap_or_default();
+    ensure!(refused.contains("there is no image `none`"), "it was not refused: {refused}");
+    cluster.ctl(&["instance", "unrescue", "www"]).await?;
     cluster.ctl(&["instance", "update", "www", "--cpus", "2"]).await?;
     Ok(())
 }

@@ -118,6 +118,12 @@ async fn finish(
         context.output.confirm(format!("instance {name} {asked}"))?;
     } else {
         updated = settled(context, updated, deadline(context.server.timeout)).await?;
+        if request.rescue.is_some() && !updated.update_note.is_empty() {
+            let why = escape(&updated.update_note);
+            return Err(CtlError::Precondition(format!(
+                "instance {name} runs as before: {why}; `hypervisor-ctl instance unrescue {name}` takes the request back"
+            )));
+        }
         context.output.confirm(format!("instance {name} {done}"))?;
         if !updated.update_note.is_empty() {
             context.note(&format!("it takes effect at the next start: {}", escape(&updated.update_note)));
