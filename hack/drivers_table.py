@@ -43,6 +43,7 @@ ROWS = {
     "fetched_images": "images fetched by the agent",
     "limits": "limits",
     "volumes": "directories mounted",
+    "devices": "devices of the node",
     "update": "changed, from the next start",
     "rename": "renamed, running or not",
     "resize_live": "cores and memory live",

@@ -158,6 +158,7 @@ impl Cluster {
         NodeView {
             status,
             allocated: entry.allocated,
+            devices: entry.devices.clone(),
             instance_count: entry.instances.len(),
             last_seen: seen.map(|(at, _)| at),
             usage: seen.and_then(|(_, usage)| usage),

@@ -229,6 +229,11 @@ fn unsupported(config: &InstanceConfig) -> Option<(&'static str, String)> {
             spec.network.as_ref().is_some_and(|network| *network != NetworkSpec::default()),
             "its containers are on the node's bridge",
         ),
+        (
+            "have devices of the node",
+            !spec.devices.is_empty(),
+            "spec.devices: a container shares the node's processors and memory, and gets no PCI devices",
+        ),
         ("attach disks", !spec.disks.is_empty(), "a container has volumes instead: use volume_mounts"),
     ];
     asks.into_iter().find(|(_, is_asked, _)| *is_asked).map(|(what, _, why)| (what, why.to_owned()))

@@ -145,6 +145,10 @@ impl Driver for FakeDriver {
         self.shared.options.instance_type
     }
 
+    fn takes_devices(&self) -> bool {
+        self.shared.options.capabilities.contains(&Capability::Devices)
+    }
+
     async fn fingerprint(&self) -> Fingerprint {
         let options = &self.shared.options;
         let healthy = *self.shared.healthy.borrow();

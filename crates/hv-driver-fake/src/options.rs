@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::script::Script;
 
 /// What it can do, all of it. A fake can be told to be able to do less.
-pub const CAPABILITIES: [Capability; 19] = [
+pub const CAPABILITIES: [Capability; 20] = [
     Capability::Pause,
     Capability::Console,
     Capability::Logs,
@@ -29,6 +29,7 @@ pub const CAPABILITIES: [Capability; 19] = [
     Capability::Volumes,
     Capability::FetchedImages,
     Capability::Rescue,
+    Capability::Devices,
 ];
 
 /// The fake's configuration; in an agent's configuration file the section of its name.

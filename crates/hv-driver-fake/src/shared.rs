@@ -231,6 +231,7 @@ impl Shared {
             (Capability::UserData, "take user data", !config.spec.user_data.is_empty()),
             (Capability::DirectBoot, "boot a kernel", !config.spec.kernel.is_empty()),
             (Capability::FetchedImages, "start from a fetched image", config.image.is_some()),
+            (Capability::Devices, "have devices of the node", !config.spec.devices.is_empty()),
         ];
         for (capability, operation, _) in asked.into_iter().filter(|(.., is_asked)| *is_asked) {
             self.require(capability, operation)?;
@@ -253,6 +254,9 @@ impl Shared {
             let images = self.options.images.join(", ");
             let reason = format!("{field}: there is no image `{image}` on this node; there are: {images}");
             return Err(DriverError::invalid(&config.id, reason));
+        }
+        if config.devices.is_none() && !config.spec.devices.is_empty() {
+            return Err(DriverError::invalid(&config.id, "spec.devices: its node gave it nothing"));
         }
         Ok(())
     }

@@ -47,6 +47,10 @@ pub(crate) fn unsupported(
     if !spec.volume_mounts.is_empty() {
         return Some(("mount volumes", "spec.volume_mounts: use spec.disks for a microVM".to_owned()));
     }
+    if !spec.devices.is_empty() {
+        let reason = "spec.devices: firecracker passes no PCI devices on, and this driver binds no processors and pages";
+        return Some(("have devices of the node", reason.to_owned()));
+    }
     if !spec.user.is_empty() {
         let reason =
             "spec.user: the kernel starts its first process as root; name a command that changes to it";

@@ -43,6 +43,7 @@ pub(crate) fn describe(stored: &Stored, dir: &InstanceDir, node: &Node) -> Eleme
         .child(bytes("memory", spec.memory_bytes))
         .child(bytes("currentMemory", spec.memory_bytes))
         .child(vcpus(spec.cpu_cores))
+        .children(dedicated(stored))
         .child(os(stored, dir))
         .child(Element::new("features").child(Element::new("acpi")).child(Element::new("apic")))
         .child(Element::new("clock").with("offset", "utc"))
@@ -94,6 +95,40 @@ fn vcpus(cores: u32) -> Element {
     Element::new("vcpu").with("placement", "static").with("current", cores).text(max_cores(cores))
 }
 
+/// Which processors, which pages and which NUMA node are its own. Huge pages of a NUMA node come from there or not at
+/// all; ordinary pages are nobody's own, so that another NUMA node is better than none.
+fn dedicated(stored: &Stored) -> Vec<Element> {
+    let Some(grant) = &stored.config.devices else { return Vec::new() };
+    let mut elements = Vec::new();
+    if grant.huge_page_bytes != 0 {
+        let page = Element::new("page").with("size", grant.huge_page_bytes).with("unit", "b");
+        elements.push(Element::new("memoryBacking").child(Element::new("hugepages").child(page)));
+    }
+    if !grant.cpus.is_empty() {
+        let pin = |(core, cpu): (usize, &u32)| Element::new("vcpupin").with("vcpu", core).with("cpuset", cpu);
+        elements.push(Element::new("cputune").children(grant.cpus.iter().enumerate().map(pin)));
+    }
+    if let Some(node) = grant.numa_node {
+        let mode = if grant.huge_page_bytes == 0 { "preferred" } else { "strict" };
+        let memory = Element::new("memory").with("mode", mode).with("nodeset", node);
+        elements.push(Element::new("numatune").child(memory));
+    }
+    elements
+}
+
+/// A PCI device of the host, which vfio-pci has by then: `0000:65:00.0`.
+fn host_device(address: &str) -> Element {
+    let mut parts = address.split([':', '.']);
+    let source = ["domain", "bus", "slot", "function"].into_iter().fold(Element::new("address"), |element, name| {
+        element.with(name, format!("0x{}", parts.next().unwrap_or_default()))
+    });
+    Element::new("hostdev")
+        .with("mode", "subsystem")
+        .with("type", "pci")
+        .with("managed", "no")
+        .child(Element::new("source").child(source))
+}
+
 fn os(stored: &Stored, dir: &InstanceDir) -> Element {
     let mut os = Element::new("os");
     let kind = Element::new("type").with("arch", std::env::consts::ARCH).with("machine", "q35").text("hvm");
@@ -123,6 +158,8 @@ fn devices(stored: &Stored, dir: &InstanceDir, node: &Node) -> Element {
         Element::new("controller").with("type", kind).with("model", model)
     };
     let disks = stored.disks.iter().map(disk);
+    let given = stored.config.devices.as_ref().map_or(&[][..], |grant| &grant.pci);
+    let ports = OWN_PORTS + SPARE_PORTS + given.len();
     let virtio = |name: &str| Element::new(name).with("model", "virtio");
     let random = Element::new("backend").with("model", "random").text("/dev/urandom");
     let balloon = virtio("memballoon").child(Element::new("stats").with("period", BALLOON_PERIOD_S));
@@ -132,7 +169,7 @@ fn devices(stored: &Stored, dir: &InstanceDir, node: &Node) -> Element {
         .child(controller("usb", "none"))
         .child(controller("scsi", "virtio-scsi"))
         .child(controller("pci", "pcie-root"))
-        .children((0..OWN_PORTS + SPARE_PORTS).map(|_| controller("pci", "pcie-root-port")))
+        .children((0..ports).map(|_| controller("pci", "pcie-root-port")))
         .child(interface(stored))
         .child(serial(dir))
         .child(agent_channel())
@@ -141,7 +178,8 @@ fn devices(stored: &Stored, dir: &InstanceDir, node: &Node) -> Element {
         .child(Element::new("video").child(Element::new("model").with("type", "vga")))
         .child(balloon)
         .child(virtio("rng").child(random))
-        .child(Element::new("panic").with("model", "isa"));
+        .child(Element::new("panic").with("model", "isa"))
+        .children(given.iter().map(|address| host_device(address)));
     if node.has_spice {
         let socket = dir.file(SPICE_SOCKET);
         let listen = Element::new("listen").with("type", "socket").with("socket", socket.display());

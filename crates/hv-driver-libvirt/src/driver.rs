@@ -62,6 +62,10 @@ impl Driver for LibvirtDriver {
         InstanceType::Vm
     }
 
+    fn takes_devices(&self) -> bool {
+        true
+    }
+
     async fn fingerprint(&self) -> Fingerprint {
         self.inner.fingerprint().await
     }

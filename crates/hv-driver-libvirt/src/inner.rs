@@ -27,7 +27,7 @@ use crate::{LibvirtOptions, NAME, watch};
 const EVENT_QUEUE: usize = 1024;
 
 /// What it can do where libvirtd is there.
-const CAPABILITIES: [Capability; 13] = [
+const CAPABILITIES: [Capability; 14] = [
     Capability::Pause,
     Capability::Console,
     Capability::Logs,
@@ -41,6 +41,7 @@ const CAPABILITIES: [Capability; 13] = [
     Capability::MigrateStorage,
     Capability::Rescue,
     Capability::FetchedImages,
+    Capability::Devices,
 ];
 
 /// What is known of libvirtd's node, with the connection of which it is known.
@@ -137,6 +138,9 @@ impl Inner {
             return Err(DriverError::Unsupported { driver: NAME, operation, reason });
         }
         let invalid = |reason| DriverError::invalid(id, reason);
+        if config.devices.is_none() && !config.spec.devices.is_empty() {
+            return Err(invalid("spec.devices: its node gave it nothing".to_owned()));
+        }
         let boot = self.images.resolve(&config.spec, config.image.as_ref()).map_err(invalid)?;
         create::check(&config.spec, &boot, node).map_err(invalid)?;
         let rescue = self.rescue_of(config).map_err(invalid)?;

@@ -6,6 +6,7 @@
 
 use std::ffi::OsString;
 
+use hv_driver::InstanceConfig;
 use serde_json::{Value, json};
 
 use crate::files::{
@@ -39,6 +40,8 @@ const FUNCTIONS: usize = 8;
 /// Where the first guest of a user-mode network is: the address that QEMU's DHCP server hands out first.
 pub(crate) const GUEST_ADDRESS: [u8; 4] = [10, 0, 2, 15];
 
+/// Most threads that clear huge pages before a guest begins.
+const MAX_PREALLOC_THREADS: u32 = 16;
 /// What the sandbox denies.
 pub(crate) const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 
@@ -84,7 +87,14 @@ pub(crate) fn arguments(
         list.pair("-blockdev", flash("uefi-code", firmware, true));
         list.pair("-blockdev", flash("uefi-variables", UEFI_VARIABLES.as_ref(), false));
     }
+    let memory = memory_object(config);
+    if memory.is_some() {
+        kind.push_str(",memory-backend=memory0");
+    }
     list.pair("-machine", kind);
+    if let Some(memory) = memory {
+        list.pair("-object", memory.to_string());
+    }
     match launch {
         Launch::Run => &mut list,
         Launch::Still => list.flag("-S"),
@@ -131,7 +141,35 @@ pub(crate) fn arguments(
     list.pair("-device", "virtio-serial-pci");
     list.pair("-chardev", format!("socket,id=agent,path={AGENT_SOCKET},server=on,wait=off"));
     list.pair("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0");
+    for (number, address) in config.devices.iter().flat_map(|grant| &grant.pci).enumerate() {
+        list.pair(
+            "-device",
+            json!({ "driver": "vfio-pci", "id": format!("host{number}"), "host": address }).to_string(),
+        );
+    }
     list.0
+}
+
+/// Where the guest's memory comes from, if not from ordinary pages of any NUMA node. Huge pages are all taken at the
+/// start: one that is missing later would kill the guest. Ordinary pages are nobody's own, so that another NUMA node is
+/// better than none.
+fn memory_object(config: &InstanceConfig) -> Option<Value> {
+    let grant = config.devices.as_ref()?;
+    let size = config.spec.memory_bytes.next_multiple_of(1024);
+    let (mut object, policy) = if grant.huge_page_bytes == 0 {
+        grant.numa_node?;
+        (json!({ "qom-type": "memory-backend-ram", "id": "memory0", "size": size }), "preferred")
+    } else {
+        let (page, threads) = (grant.huge_page_bytes, config.spec.cpu_cores.clamp(1, MAX_PREALLOC_THREADS));
+        let object = json!({ "qom-type": "memory-backend-memfd", "id": "memory0", "size": size, "hugetlb": true,
+            "hugetlbsize": page, "prealloc": true, "prealloc-threads": threads });
+        (object, "bind")
+    };
+    if let Some(node) = grant.numa_node {
+        object["host-nodes"] = json!([node]);
+        object["policy"] = policy.into();
+    }
+    Some(object)
 }
 
 fn boot(list: &mut Arguments, stored: &Stored) {

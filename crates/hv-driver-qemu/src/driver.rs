@@ -39,7 +39,7 @@ const HANDLE_VERSION: u32 = 1;
 const EVENT_QUEUE: usize = 1024;
 
 /// What it can do where QEMU is there.
-const CAPABILITIES: [Capability; 15] = [
+const CAPABILITIES: [Capability; 16] = [
     Capability::Pause,
     Capability::Console,
     Capability::Logs,
@@ -55,6 +55,7 @@ const CAPABILITIES: [Capability; 15] = [
     Capability::MigrateStorage,
     Capability::Rescue,
     Capability::FetchedImages,
+    Capability::Devices,
 ];
 
 /// Virtual machines, each a QEMU process of its own.
@@ -153,6 +154,9 @@ impl QemuDriver {
             return Err(DriverError::Unsupported { driver: NAME, operation, reason });
         }
         let invalid = |reason| DriverError::invalid(id, reason);
+        if config.devices.is_none() && !config.spec.devices.is_empty() {
+            return Err(invalid("spec.devices: its node gave it nothing".to_owned()));
+        }
         let boot = self.images.resolve(&config.spec, config.image.as_ref()).map_err(invalid)?;
         create::check(&config.spec, &boot).map_err(invalid)?;
         let rescue = rescue::plan(&self.images, config, None).map_err(invalid)?;
@@ -217,6 +221,10 @@ impl Driver for QemuDriver {
 
     fn instance_type(&self) -> InstanceType {
         InstanceType::Vm
+    }
+
+    fn takes_devices(&self) -> bool {
+        true
     }
 
     async fn fingerprint(&self) -> Fingerprint {

@@ -32,6 +32,8 @@ mod machine;
 #[cfg(target_os = "linux")]
 mod migration;
 #[cfg(target_os = "linux")]
+mod pin;
+#[cfg(target_os = "linux")]
 mod platform;
 #[cfg(target_os = "linux")]
 mod problem;

@@ -103,6 +103,11 @@ impl Machine {
         self.stored.read().clone()
     }
 
+    /// The processors of the host that its own are bound to; empty: to none.
+    pub(crate) fn given_cpus(&self) -> Vec<u32> {
+        self.stored().config.devices.as_ref().map_or_else(Vec::new, |grant| grant.cpus.clone())
+    }
+
     /// Makes it something else from now on.
     pub(crate) fn store(&self, stored: Stored) -> Outcome<()> {
         self.dir.write(crate::files::CONFIG, &stored)?;
@@ -279,6 +284,10 @@ impl Machine {
             let timeout_ms = u64::try_from(START_TIMEOUT.as_millis()).unwrap_or(u64::MAX);
             Err(Problem::Timeout { what: "the start of qemu".to_owned(), timeout_ms })
         });
+        let ready = match ready {
+            Ok((process, qmp)) => self.pin_processors(&qmp).await.map(|()| (process, qmp)),
+            Err(problem) => Err(problem),
+        };
         let (process, qmp) = match ready {
             Ok(ready) => ready,
             Err(problem) => {

@@ -79,7 +79,11 @@ fn unchangeable(before: &InstanceSpec, after: &InstanceSpec) -> std::result::Res
 /// What is written down, with the disks as they are to be.
 fn plan(before: &Stored, config: &InstanceConfig, taken: &[usize]) -> std::result::Result<Stored, String> {
     let mut after = before.clone();
-    after.config = InstanceConfig { image: before.config.image.clone(), ..config.clone() };
+    after.config = InstanceConfig {
+        image: before.config.image.clone(),
+        devices: before.config.devices.clone(),
+        ..config.clone()
+    };
     let boots_from_image = before.disks.iter().any(|disk| disk.file == BOOT_DISK);
     for (number, disk) in before.numbered() {
         after

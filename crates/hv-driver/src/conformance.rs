@@ -48,6 +48,7 @@ pub fn config(subject: &dyn Subject) -> InstanceConfig {
         metadata: Metadata::default(),
         image: None,
         rescue_image: None,
+        devices: None,
     }
 }
 

@@ -21,7 +21,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
-use hv_types::{ImageInfo, InstanceId, InstanceSpec, InstanceType, Metadata};
+use hv_types::{DeviceGrant, ImageInfo, InstanceId, InstanceSpec, InstanceType, Metadata};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
@@ -55,6 +55,9 @@ pub struct InstanceConfig {
     /// The rescue image of the specification, where the node's image store has it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rescue_image: Option<LocalImage>,
+    /// What its node gave it for itself; only to drivers that [`Driver::takes_devices`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub devices: Option<DeviceGrant>,
 }
 
 impl InstanceConfig {
@@ -263,11 +266,13 @@ pub enum Capability {
     Volumes,
     /// Images of the node's image store: [`InstanceConfig::image`].
     FetchedImages,
+    /// Processors, huge pages and PCI devices of the node that it has for itself: [`InstanceConfig::devices`].
+    Devices,
 }
 
 impl Capability {
     /// Every capability.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Pause,
         Self::Console,
         Self::Logs,
@@ -288,6 +293,7 @@ impl Capability {
         Self::Limits,
         Self::Volumes,
         Self::FetchedImages,
+        Self::Devices,
     ];
 
     /// As the API spells it.
@@ -314,6 +320,7 @@ impl Capability {
             Self::Limits => "limits",
             Self::Volumes => "volumes",
             Self::FetchedImages => hv_types::DriverInfo::FETCHED_IMAGES,
+            Self::Devices => "devices",
         }
     }
 }
@@ -457,6 +464,12 @@ pub trait Driver: Send + Sync + 'static {
 
     /// What it runs.
     fn instance_type(&self) -> InstanceType;
+
+    /// Whether its instances get what [`InstanceConfig::devices`] says: [`Capability::Devices`]. Any other driver refuses to
+    /// create an instance whose specification asks for devices, and its node has none to give.
+    fn takes_devices(&self) -> bool {
+        false
+    }
 
     /// Looks at the runtime. Never fails: what is missing is said in the answer. Cheap enough for every minute.
     async fn fingerprint(&self) -> Fingerprint;

@@ -4,6 +4,7 @@
 //! the domain cannot hold (a negative size) are refused; nothing is clamped silently.
 
 mod common;
+mod device;
 mod event;
 mod instance;
 mod node;
@@ -11,6 +12,7 @@ mod operation;
 mod placement;
 
 pub use common::{from_timestamp, labels_from, resources_from, resources_to, selector_from, to_timestamp};
+pub use device::{inventory_from, inventory_to, needs_from, needs_to};
 pub use event::{event_to, events_from_record, events_to_record};
 pub use instance::{
     assignment_to, create_request_from, instance_from_record, instance_to, instance_to_record,

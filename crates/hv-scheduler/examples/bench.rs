@@ -50,6 +50,7 @@ fn node(index: usize) -> NodeView {
         zone: format!("z{class}"),
         labels: labels.into(),
         taints: Vec::new(),
+        devices: Default::default(),
         schedulable: Resources {
             cpu_cores: cores,
             memory_bytes: u64::from(cores) << 32,

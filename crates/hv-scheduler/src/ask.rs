@@ -4,6 +4,7 @@ use std::hash::{BuildHasher, Hash};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use hv_types::device::Amounts;
 use hv_types::label::{Labels, Metadata};
 use hv_types::placement::{AffinityRule, PlacementRules, Taint};
 use hv_types::{InstanceId, InstanceRecord, InstanceType, Resources};
@@ -20,6 +21,8 @@ pub struct Ask {
     image: Arc<str>,
     instance_type: InstanceType,
     resources: Resources,
+    /// What it is to have for itself; `None`: nothing.
+    devices: Option<Arc<Amounts>>,
     metadata: Arc<Metadata>,
     placement: Arc<PlacementRules>,
     shape_hash: u64,
@@ -46,6 +49,7 @@ impl Ask {
             image: record.spec.needed_image().into(),
             instance_type: record.instance_type,
             resources: record.resources(),
+            devices: devices_of(record),
             metadata: record.metadata.clone(),
             placement: rules.clone(),
             shape_hash: hash(shape),
@@ -100,6 +104,11 @@ impl Ask {
         self.resources
     }
 
+    /// What it is to have for itself; `None`: nothing.
+    pub(crate) fn devices(&self) -> Option<&Arc<Amounts>> {
+        self.devices.as_ref()
+    }
+
     /// Its labels.
     #[must_use]
     pub fn labels(&self) -> &Labels {
@@ -140,6 +149,12 @@ impl Ask {
     pub(crate) fn kind_hash(&self) -> u64 {
         self.kind_hash
     }
+}
+
+/// Most ask for none: they pay for a comparison.
+fn devices_of(record: &InstanceRecord) -> Option<Arc<Amounts>> {
+    let spec = &record.spec;
+    (!spec.devices.is_empty()).then(|| spec.device_amounts().into())
 }
 
 /// Puts asks into the order in which they are placed: by priority, the higher first, then by age, the older first.

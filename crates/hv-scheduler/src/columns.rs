@@ -6,7 +6,9 @@
 //! - `free` is what the group says may be promised, less `used`; nothing for a node that is not in the fleet.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
+use hv_types::device::Amounts;
 use hv_types::{InstanceId, NodeId, Resources};
 
 use crate::counts::Place;
@@ -56,6 +58,7 @@ pub(crate) struct Bound {
     pub(crate) id: InstanceId,
     pub(crate) name: std::sync::Arc<str>,
     pub(crate) resources: Resources,
+    pub(crate) devices: Option<Arc<Amounts>>,
     pub(crate) priority: i32,
     pub(crate) node: u32,
     /// Its position among those of its node.
@@ -64,6 +67,13 @@ pub(crate) struct Bound {
     /// Its position among those of its kind.
     pub(crate) at_kind: u32,
     pub(crate) keepers: Box<[u32]>,
+}
+
+/// What a node can give to one instance at a time, and what of it is given.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Devices {
+    has: Amounts,
+    used: Amounts,
 }
 
 /// The columns.
@@ -89,6 +99,8 @@ pub(crate) struct Columns {
     pub(crate) groups: Groups,
     pub(crate) cells: Cells,
     pub(crate) instances: Slab<Bound>,
+    /// Only of nodes that have some, or of which some are given.
+    devices: HashMap<u32, Devices, Keyed>,
 }
 
 impl Columns {
@@ -141,6 +153,36 @@ impl Columns {
             self.lowest[at] = i32::MAX;
             self.spare.push(node);
         }
+    }
+
+    /// Takes over what a node can give.
+    pub(crate) fn set_devices(&mut self, node: u32, has: Amounts) {
+        if !has.is_empty() || self.devices.contains_key(&node) {
+            self.change_devices(node, |devices| devices.has = has);
+        }
+    }
+
+    /// Counts what an instance is given.
+    pub(crate) fn give_devices(&mut self, node: u32, some: &Amounts) {
+        self.change_devices(node, |devices| devices.used.add(some));
+    }
+
+    /// Counts it no longer.
+    pub(crate) fn take_devices(&mut self, node: u32, some: &Amounts) {
+        self.change_devices(node, |devices| devices.used.take(some));
+    }
+
+    fn change_devices(&mut self, node: u32, change: impl FnOnce(&mut Devices)) {
+        let devices = self.devices.entry(node).or_default();
+        change(devices);
+        if devices.has.is_empty() && devices.used.is_empty() {
+            self.devices.remove(&node);
+        }
+    }
+
+    /// Whether a node has so much that nobody has.
+    pub(crate) fn has_devices(&self, node: u32, need: &Amounts) -> bool {
+        self.devices.get(&node).is_some_and(|devices| devices.has.has_room(&devices.used, need))
     }
 
     /// Where a node is; `None` if it is not in the fleet.

@@ -216,7 +216,8 @@ fn amount(rule: Rule, of: Resources) -> Option<(&'static str, Range)> {
         | Rule::Image
         | Rule::Affinity
         | Rule::AntiAffinity
-        | Rule::Spread => return None,
+        | Rule::Spread
+        | Rule::Devices => return None,
     })
 }
 

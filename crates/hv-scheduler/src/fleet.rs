@@ -14,6 +14,7 @@
 
 use std::collections::HashMap;
 
+use hv_types::device::Amounts;
 use hv_types::{InstanceId, NodeId, Resources};
 use rand::Rng;
 
@@ -69,6 +70,7 @@ impl Fleet {
     pub fn upsert_node(&mut self, node: NodeView) -> NodeIndex {
         let index = self.columns.number(&node.id);
         let hostname = node.hostname.clone();
+        self.columns.set_devices(index, node.devices.clone());
         let (class, label) = Class::of(node);
         self.columns.rename(index, hostname, label);
         self.regroup(index, Some(class));
@@ -79,6 +81,7 @@ impl Fleet {
     pub fn remove_node(&mut self, node: &NodeId) -> bool {
         let Some(index) = self.columns.find_present(node) else { return false };
         self.columns.rename(index, String::new(), None);
+        self.columns.set_devices(index, Amounts::default());
         self.regroup(index, None);
         self.columns.give_up(index);
         true
@@ -135,6 +138,7 @@ impl Fleet {
             id: instance.clone(),
             name: ask.name().clone(),
             resources: ask.resources(),
+            devices: ask.devices().cloned(),
             priority: ask.priority(),
             node,
             at_node: self.columns.bound[node as usize].len() as u32,
@@ -149,6 +153,9 @@ impl Fleet {
         let at = node as usize;
         self.columns.bound[at].push(number);
         self.columns.used[at].add(ask.resources());
+        if let Some(devices) = ask.devices() {
+            self.columns.give_devices(node, devices);
+        }
         self.columns.lowest[at] = self.columns.lowest[at].min(ask.priority());
         if let Some(place) = self.columns.place(node) {
             self.others.arrive(member(self.columns.instances.get(number), place));
@@ -187,6 +194,9 @@ impl Fleet {
             self.columns.lowest[at] = i32::MAX;
         }
         self.columns.used[at].take(bound.resources);
+        if let Some(devices) = &bound.devices {
+            self.columns.take_devices(bound.node, devices);
+        }
         self.columns.refresh(bound.node);
         self.columns.give_up(bound.node);
     }
@@ -314,9 +324,13 @@ impl Fleet {
         fitting
     }
 
-    /// Who would have to go so that the ask fits somewhere. `None` if nobody of lower priority could make room.
+    /// Who would have to go so that the ask fits somewhere. `None` if nobody of lower priority could make room. For one that
+    /// is to have devices nobody goes: what has them is seldom what can be stopped.
     #[must_use]
     pub fn preempt(&self, ask: &Ask) -> Option<Preemption> {
+        if ask.devices().is_some() {
+            return None;
+        }
         self.with_view(ask, |view| self.make_room(view))
     }
 
@@ -377,7 +391,7 @@ fn search(view: &View<'_>, strategy: Strategy, scratch: &mut Scratch, rng: &mut 
         free: &columns.free,
         need: view.ask.resources(),
         strategy,
-        allows: (prefers || view.rules.tells_nodes_apart()).then_some(allows),
+        allows: (prefers || view.rules.tells_nodes_apart() || view.ask.devices().is_some()).then_some(allows),
     };
     search.run(&columns.cells, scratch, rng)
 }

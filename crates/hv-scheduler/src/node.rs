@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use hv_types::device::Amounts;
 use hv_types::image::is_reference;
 use hv_types::node::Schedulability;
 use hv_types::placement::Taint;
@@ -32,6 +33,8 @@ pub struct NodeView {
     pub taints: Vec<Taint>,
     /// What may be promised of it in all: after the reserve, with overcommit.
     pub schedulable: Resources,
+    /// What it can give to one instance at a time.
+    pub devices: Amounts,
 }
 
 /// The images of a node.
@@ -84,6 +87,7 @@ impl NodeView {
             labels: record.scheduling_labels(),
             taints: record.taints.clone(),
             schedulable: record.schedulable(),
+            devices: record.devices.amounts(),
         }
     }
 }

@@ -41,11 +41,13 @@ pub enum Rule {
     Disk,
     /// It has too few free accelerators.
     Gpu,
+    /// It has too few devices that no other instance has.
+    Devices,
 }
 
 impl Rule {
     /// Every rule, in the order in which it is asked.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::PreferredNode,
         Self::NotReady,
         Self::Cordoned,
@@ -62,6 +64,7 @@ impl Rule {
         Self::Memory,
         Self::Disk,
         Self::Gpu,
+        Self::Devices,
     ];
 
     /// In CamelCase, for machines.
@@ -84,6 +87,7 @@ impl Rule {
             Self::Memory => "Memory",
             Self::Disk => "Disk",
             Self::Gpu => "Gpu",
+            Self::Devices => "Devices",
         }
     }
 
@@ -108,6 +112,10 @@ impl Rule {
             Self::Memory => format!("with less than {} MiB of free memory", need.memory_bytes.div_ceil(MIB)),
             Self::Disk => format!("with less than {} MiB of free disk", need.disk_bytes.div_ceil(MIB)),
             Self::Gpu => format!("with fewer than {} free accelerators", need.gpu_count),
+            Self::Devices => {
+                let need = ask.devices().map(ToString::to_string).unwrap_or_default();
+                format!("without {need} to give")
+            }
         }
     }
 
@@ -126,6 +134,9 @@ impl Rule {
             Self::Affinity => "place the instances that it is to be near first, or loosen its affinity",
             Self::AntiAffinity => "add a node or a zone, or loosen the anti-affinity",
             Self::Spread => "make room where there are few of them, or allow a greater skew",
+            Self::Devices => {
+                "delete what has them, or have a node give more away (agent.devices); `node describe` shows what is free"
+            }
             Self::Cpu | Self::Memory | Self::Disk | Self::Gpu => "free room, ask for less, or add a node",
         }
     }

@@ -88,6 +88,11 @@ impl View<'_> {
             .with(Rule::Memory, need.memory_bytes > free.memory_bytes)
             .with(Rule::Disk, need.disk_bytes > free.disk_bytes)
             .with(Rule::Gpu, need.gpu_count > free.gpu_count)
+            .with(Rule::Devices, !self.has_devices(node))
+    }
+
+    fn has_devices(&self, node: u32) -> bool {
+        self.ask.devices().is_none_or(|need| self.columns.has_devices(node, need))
     }
 
     /// Every rule that keeps the ask off a node of the fleet.
@@ -95,9 +100,9 @@ impl View<'_> {
         self.fixed(node).and(self.others(Scope::Both, node)).and(self.room(node))
     }
 
-    /// What the rules about other instances say that are not the same for all nodes of a group.
+    /// What the rules about other instances and devices say that are not the same for all nodes of a group.
     pub(crate) fn allows(&self, node: u32) -> bool {
-        self.others(Scope::Node, node).fits()
+        self.others(Scope::Node, node).fits() && self.has_devices(node)
     }
 
     /// Whether a node meets every preference that tells nodes of one group apart.

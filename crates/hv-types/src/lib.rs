@@ -3,6 +3,7 @@
 //! Nothing here does I/O, knows gRPC or touches the store. A type that crosses a boundary is converted
 //! in `hv-proto`; a decision about a state is made here, once, and derived everywhere else.
 
+pub mod device;
 pub mod error;
 pub mod event;
 pub mod id;
@@ -15,6 +16,7 @@ pub mod placement;
 pub mod resources;
 pub mod validate;
 
+pub use device::{DeviceGrant, DeviceInventory, DeviceNeeds};
 pub use error::{ErrorCode, ServiceError};
 pub use event::Event;
 pub use id::{ClusterId, Epoch, InstanceId, NodeId, RequestKey, Revision};

@@ -4,6 +4,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+use crate::device::DeviceInventory;
 use crate::id::{NodeId, Revision};
 use crate::image::{ImageInfo, is_reference};
 use crate::instance::InstanceType;
@@ -166,6 +167,8 @@ pub struct NodeRecord {
     pub drivers: Vec<DriverInfo>,
     /// The images it has.
     pub images: Vec<ImageInfo>,
+    /// What it has to give to one instance at a time.
+    pub devices: DeviceInventory,
     /// The agent's version.
     pub agent_version: String,
     /// First registration.
@@ -238,6 +241,7 @@ impl NodeRecord {
                 format!("must have at most {MAX_IMAGES} entries"),
             ));
         }
+        self.devices.validate()?;
         self.metadata.validate()
     }
 }

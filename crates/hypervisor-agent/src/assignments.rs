@@ -149,6 +149,7 @@ pub(crate) fn order_of(assignment: Assignment) -> Result<Order, Invalid> {
             metadata: convert::metadata_from(assignment.metadata),
             image: None,
             rescue_image: None,
+            devices: None,
         },
         instance_type,
         epoch: Epoch(assignment.epoch),

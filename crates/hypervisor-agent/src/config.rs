@@ -11,7 +11,7 @@ use hv_telemetry::{LogFormat, LogLevel};
 use hv_types::{InstanceType, NodeId, NodeRole, Resources};
 use serde::{Deserialize, Serialize};
 
-use crate::images;
+use crate::{devices, images};
 
 /// Where the agent keeps its journal and its instances, unless told otherwise.
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/hypervisor/agent";
@@ -80,6 +80,8 @@ pub struct Agent {
     pub reserved: Reserved,
     /// Stopping what may be started elsewhere when the control plane is out of reach.
     pub fencing: Fencing,
+    /// What of this machine is given to one instance at a time.
+    pub devices: devices::Settings,
 }
 
 /// Stopping what may be started elsewhere when the control plane is out of reach.
@@ -296,6 +298,7 @@ impl Default for Agent {
             capacity: Capacity::default(),
             reserved: Reserved::default(),
             fencing: Fencing::default(),
+            devices: devices::Settings::default(),
         }
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use hv_driver::Driver;
 use hv_types::{InstanceId, InstanceType, NodeId};
 
+use crate::devices::Devices;
 use crate::entry::Entry;
 use crate::fencing::{Guard, Seam};
 use crate::images::Images;
@@ -172,6 +173,13 @@ impl DriverSet {
         self.for_type(instance_type)
     }
 
+    /// The first driver of a type that gives devices on.
+    pub(crate) fn for_devices(&self, instance_type: InstanceType) -> Option<Arc<dyn Driver>> {
+        let takes =
+            |driver: &&Arc<dyn Driver>| driver.instance_type() == instance_type && driver.takes_devices();
+        self.drivers.iter().find(takes).cloned()
+    }
+
     /// The first driver of a type.
     pub(crate) fn for_type(&self, instance_type: InstanceType) -> Option<Arc<dyn Driver>> {
         self.drivers.iter().find(|driver| driver.instance_type() == instance_type).cloned()
@@ -188,6 +196,7 @@ pub(crate) struct Context {
     pub(crate) reports: Reports,
     pub(crate) guard: Arc<Guard>,
     pub(crate) images: Arc<Images>,
+    pub(crate) devices: Arc<Devices>,
     /// Instances whose journal cannot be read, and why.
     pub(crate) damaged: BTreeMap<InstanceId, String>,
 }

@@ -249,6 +249,7 @@ impl Entry {
             metadata: Default::default(),
             image: None,
             rescue_image: None,
+            devices: None,
         };
         let mut entry = Self::blank(config, instance_type, Origin::Found);
         entry.driver = Some(driver.to_owned());
@@ -311,7 +312,9 @@ impl Entry {
         let image = self.config.image.take().filter(|_| self.config.spec.image == order.config.spec.image);
         let is_same = self.config.spec.rescue == order.config.spec.rescue;
         let rescue_image = self.config.rescue_image.take().filter(|_| is_same);
+        let devices = self.config.devices.take();
         self.config = order.config;
+        self.config.devices = devices;
         self.config.image = self.config.image.take().or(image);
         self.config.rescue_image = self.config.rescue_image.take().or(rescue_image);
         self.instance_type = order.instance_type;
@@ -451,6 +454,7 @@ mod tests {
                 metadata: Default::default(),
                 image: None,
                 rescue_image: None,
+                devices: None,
             },
             instance_type: InstanceType::Vm,
             epoch: Epoch(epoch),

@@ -11,7 +11,7 @@ use futures::stream::select_all;
 use hv_driver::{Driver, Fingerprint};
 use hv_proto::v1::NodeUsage;
 use hv_types::node::MAX_IMAGES;
-use hv_types::{DriverInfo, ImageInfo, InstanceType, NodeCondition, Resources};
+use hv_types::{DeviceInventory, DriverInfo, ImageInfo, InstanceType, NodeCondition, Resources};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -27,6 +27,7 @@ pub(crate) struct Inventory {
     pub(crate) allocatable: Resources,
     pub(crate) drivers: Vec<DriverInfo>,
     pub(crate) images: Vec<ImageInfo>,
+    pub(crate) devices: DeviceInventory,
     pub(crate) conditions: Vec<NodeCondition>,
 }
 
@@ -214,7 +215,18 @@ impl Inventor {
             tracing::warn!(images = images.len(), "only the first {MAX_IMAGES} images are reported");
             images.truncate(MAX_IMAGES);
         }
-        Inventory { capacity: self.capacity, allocatable: self.allocatable, drivers, images, conditions }
+        let devices = self.devices().await;
+        let (capacity, allocatable) = (self.capacity, self.allocatable);
+        Inventory { capacity, allocatable, drivers, images, devices, conditions }
+    }
+
+    /// Nothing where no driver could give it on.
+    async fn devices(&self) -> DeviceInventory {
+        if !self.context.drivers.all().iter().any(|driver| driver.takes_devices()) {
+            return DeviceInventory::default();
+        }
+        let devices = Arc::clone(&self.context.devices);
+        self.context.tuning.machine.block_on(move || devices.inventory()).await
     }
 
     async fn look(&self, driver: &Arc<dyn Driver>) -> (DriverInfo, Vec<ImageInfo>) {
@@ -325,6 +337,7 @@ mod tests {
                 allocatable: Resources::default(),
                 drivers: Vec::new(),
                 images: Vec::new(),
+                devices: DeviceInventory::default(),
                 conditions: vec![condition],
             }
         };

@@ -281,6 +281,7 @@ mod tests {
             metadata: Default::default(),
             image: None,
             rescue_image: None,
+            devices: None,
         };
         Entry::local(config, InstanceType::Vm)
     }

@@ -16,6 +16,7 @@ mod assignments;
 mod backoff;
 pub mod config;
 mod context;
+pub mod devices;
 mod drivers;
 mod entry;
 pub mod fencing;
@@ -307,6 +308,9 @@ async fn open(config: &Config, drivers: DriverSet, mut tuning: Tuning) -> Result
         let driver = drivers.named(entry.driver.as_deref().filter(|_| entry.fence && !entry.gone)?)?;
         Some((entry.id().clone(), driver.fence_target(entry.id())?))
     });
+    let held =
+        contents.entries.iter().filter_map(|entry| Some((entry.id().clone(), entry.config.devices.clone()?)));
+    let devices = devices::Devices::new(&config.agent.devices, held.collect(), !contents.damaged.is_empty())?;
     let beginning =
         Guard::begin(&tuning.fencing, &config.agent.state_dir, &tuning.machine, leftovers.collect());
     let (guard, keeper) = beginning.await;
@@ -319,6 +323,7 @@ async fn open(config: &Config, drivers: DriverSet, mut tuning: Tuning) -> Result
         journal: Arc::new(journal),
         reports: Reports::default(),
         images: Arc::new(images),
+        devices: Arc::new(devices),
         damaged: contents.damaged,
     };
     Ok(Opened { context: Arc::new(context), keeper, entries: contents.entries, cluster_id })

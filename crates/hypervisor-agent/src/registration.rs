@@ -261,6 +261,7 @@ impl Registration {
             request.allocatable = Some(convert::resources_to(inventory.allocatable));
             request.drivers = inventory.drivers.iter().map(convert::driver_to).collect();
             request.images = inventory.images.iter().map(convert::image_to).collect();
+            request.devices = convert::inventory_to(&inventory.devices);
             request.conditions = inventory.conditions.iter().map(convert::condition_to).collect();
             let healthy = inventory.drivers.iter().filter(|driver| driver.healthy);
             let mut types: Vec<String> =
@@ -378,6 +379,7 @@ impl Registration {
             request.conditions = inventory.conditions.iter().map(convert::condition_to).collect();
             request.drivers = inventory.drivers.iter().map(convert::driver_to).collect();
             request.images = inventory.images.iter().map(convert::image_to).collect();
+            request.devices = convert::inventory_to(&inventory.devices);
         }
         request
     }

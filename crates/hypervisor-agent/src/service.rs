@@ -181,6 +181,7 @@ impl AgentService for Service {
             metadata: Arc::unwrap_or_clone(record.metadata),
             image: None,
             rescue_image: None,
+            devices: None,
         };
         let view = self.instances.create_local(config, instance_type).map_err(|e| refuse(&e))?;
         Ok(shown(view, 1, wait).await)

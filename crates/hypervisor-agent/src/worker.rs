@@ -11,6 +11,7 @@
 //! pauses; any other is final until something else is wanted. A removal is tried for ever.
 
 mod call;
+mod devices;
 mod fetch;
 mod guarded;
 mod migration;
@@ -152,6 +153,9 @@ impl Worker {
             reach(Point::AgentAssignmentAfterJournal);
         }
         while !self.stopping.is_cancelled() {
+            if self.entry.gone && self.entry.config.devices.is_some() {
+                self.return_devices().await;
+            }
             if self.entry.is_over() && self.end().await {
                 return;
             }
@@ -252,6 +256,10 @@ impl Worker {
         let entry = &mut self.entry;
         self.driver = match &entry.driver {
             Some(name) => self.context.drivers.named(name),
+            None if !entry.config.spec.devices.is_empty() => {
+                let drivers = &self.context.drivers;
+                drivers.for_devices(entry.instance_type).or_else(|| drivers.for_type(entry.instance_type))
+            }
             None => {
                 let (drivers, deadline) = (&self.context.drivers, self.context.tuning.look_deadline);
                 let spec = &entry.config.spec;
@@ -346,11 +354,14 @@ impl Worker {
             reach(point);
         }
         tracing::info!(instance = %self.entry.id(), name = self.entry.config.name, step = step.name(), "working");
-        let session = self.session_of(step);
-        if session.is_some() && !self.announce(step, seen, &driver).await {
+        if matches!(step, Step::Create | Step::Update) && !self.provide_images(&driver, step, serial).await {
             return;
         }
-        if matches!(step, Step::Create | Step::Update) && !self.provide_images(&driver, step, serial).await {
+        if matches!(step, Step::Create | Step::Start) && !self.provide_devices(&driver, step, serial).await {
+            return;
+        }
+        let session = self.session_of(step);
+        if session.is_some() && !self.announce(step, seen, &driver).await {
             return;
         }
         if step == Step::Create && *seen == Observed::Absent {
@@ -615,6 +626,7 @@ impl Worker {
         self.context.guard.forget(&id).await;
         self.context.guard.note_fenced(&id);
         self.context.images.release(&id).await;
+        self.context.devices.release(&id);
         if self.instances.retire(&id, &self.commands) {
             self.show(InstanceState::Deleting, "removed from its node", true);
             tracing::info!(instance = %id, "nothing is left of it, forgotten");

@@ -161,6 +161,7 @@ impl State {
             Some(node) => self.change_node(node, |entry| {
                 entry.instances.insert(id.clone());
                 entry.allocated = entry.allocated.plus(record.resources());
+                entry.promise(&record);
             }),
             None => {
                 self.unbound.insert(id.clone());
@@ -170,6 +171,7 @@ impl State {
             self.change_node(target, |entry| {
                 entry.incoming.insert(id.clone());
                 entry.allocated = entry.allocated.plus(record.resources());
+                entry.promise(&record);
             });
         }
         if let Some(old) = &before {
@@ -185,6 +187,7 @@ impl State {
             Some(node) => self.change_node(node, |entry| {
                 entry.instances.remove(&record.id);
                 entry.allocated = entry.allocated.minus(record.resources());
+                entry.take_back(record);
             }),
             None => {
                 self.unbound.remove(&record.id);
@@ -194,6 +197,7 @@ impl State {
             self.change_node(target, |entry| {
                 entry.incoming.remove(&record.id);
                 entry.allocated = entry.allocated.minus(record.resources());
+                entry.take_back(record);
             });
         }
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use hv_proto::store::ClusterRecord;
 use hv_store::LeaseId;
+use hv_types::device::Amounts;
 use hv_types::node::Schedulability;
 use hv_types::{
     ClusterId, Event, InstanceId, InstanceRecord, InstanceSpec, InstanceState, Metadata, NodeId, NodeRecord,
@@ -30,9 +31,23 @@ pub struct NodeEntry {
     pub incoming: BTreeSet<InstanceId>,
     /// What all of these were promised together.
     pub allocated: Resources,
+    /// What of its devices they were promised.
+    pub devices: Amounts,
 }
 
 impl NodeEntry {
+    pub(super) fn promise(&mut self, record: &InstanceRecord) {
+        if !record.spec.devices.is_empty() {
+            self.devices.add(&record.spec.device_amounts());
+        }
+    }
+
+    pub(super) fn take_back(&mut self, record: &InstanceRecord) {
+        if !record.spec.devices.is_empty() {
+            self.devices.take(&record.spec.device_amounts());
+        }
+    }
+
     /// Whether its lease lives.
     #[must_use]
     pub fn is_live(&self) -> bool {

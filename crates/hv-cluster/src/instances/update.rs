@@ -90,6 +90,11 @@ impl Update {
                 None => spec.disks.push(wanted.clone()),
             }
         }
+        if spec.device_amounts() != record.spec.device_amounts() {
+            let text = "cores with dedicated processors and memory in huge pages cannot be changed: its node gave them once; \
+                        delete it and create it anew";
+            return Err(ServiceError::precondition(text).into());
+        }
         spec.validate(record.instance_type)?;
         Ok(spec)
     }

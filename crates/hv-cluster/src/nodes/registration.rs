@@ -21,7 +21,9 @@ use hv_proto::v1;
 use hv_store::record::{Record, encode_message};
 use hv_store::{Compare, LeaseId, Op, StoreError, Txn, TxnOutcome};
 use hv_types::node::Fencing;
-use hv_types::{ClusterId, DriverInfo, ImageInfo, NodeCondition, NodeId, NodeRecord, ServiceError};
+use hv_types::{
+    ClusterId, DeviceInventory, DriverInfo, ImageInfo, NodeCondition, NodeId, NodeRecord, ServiceError,
+};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::ATTEMPTS;
@@ -76,6 +78,8 @@ pub struct Inventory {
     pub drivers: Vec<DriverInfo>,
     /// The images it has.
     pub images: Vec<ImageInfo>,
+    /// What it has to give to one instance at a time.
+    pub devices: DeviceInventory,
 }
 
 /// What a heartbeat says beside that the node lives.
@@ -235,6 +239,7 @@ impl Cluster {
                     node.conditions = conditions(&node.conditions, &inventory.conditions);
                     node.drivers.clone_from(&inventory.drivers);
                     node.images.clone_from(&inventory.images);
+                    node.devices.clone_from(&inventory.devices);
                 }
                 if let Some(fencing) = &sign.fencing {
                     node.fencing = fencing_of(node.failover_held, fencing);

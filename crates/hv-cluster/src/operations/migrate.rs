@@ -276,6 +276,9 @@ pub(crate) fn movable(state: &State, record: &InstanceRecord, copy_storage: bool
         let what = if settled { "it is" } else { "what was asked of it is not done yet, and it is" };
         return Err(refuse(format!("only a running instance can, and {what} {shown}")));
     }
+    if !record.spec.devices.is_empty() {
+        return Err(refuse("it has devices of its node for itself, and they cannot move with it".into()));
+    }
     if let Some(node) = &record.placement.preferred_node {
         return Err(refuse(format!("it may only run on node {node}")));
     }

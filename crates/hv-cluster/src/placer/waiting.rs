@@ -11,7 +11,9 @@ use std::ops::Bound;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use hv_types::{InstanceId, InstanceRecord, InstanceType, Labels, PlacementRules, Resources, Wanted};
+use hv_types::{
+    DeviceNeeds, InstanceId, InstanceRecord, InstanceType, Labels, PlacementRules, Resources, Wanted,
+};
 
 /// Higher priority first, then the older.
 pub(crate) type Order = (Reverse<i32>, SystemTime, InstanceId);
@@ -21,6 +23,7 @@ pub(crate) type Order = (Reverse<i32>, SystemTime, InstanceId);
 struct Kind {
     instance_type: InstanceType,
     resources: Resources,
+    devices: DeviceNeeds,
     image: String,
     project: String,
     labels: Labels,
@@ -127,6 +130,7 @@ impl Waiting {
         Kind {
             instance_type: record.instance_type,
             resources: record.resources(),
+            devices: record.spec.devices.clone(),
             image: record.spec.needed_image().to_owned(),
             project: record.project.clone(),
             labels: record.metadata.labels.clone(),

@@ -3,6 +3,7 @@
 mod change;
 mod clones;
 mod create;
+mod devices;
 mod election;
 mod events;
 mod explain;

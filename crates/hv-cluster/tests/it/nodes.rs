@@ -113,7 +113,12 @@ async fn a_heartbeat_writes_only_what_changed_and_through_any_server() {
         "the other server has not heard of it"
     );
     let before = disk.store.revision().await.unwrap();
-    let same = Inventory { conditions: Vec::new(), drivers: convert_drivers(), images: Vec::new() };
+    let same = Inventory {
+        conditions: Vec::new(),
+        drivers: convert_drivers(),
+        images: Vec::new(),
+        devices: Default::default(),
+    };
     assert!(server.cluster.heartbeat(None, &id, with(same.clone())).await.unwrap().is_some());
     assert_eq!(disk.store.revision().await.unwrap(), before, "a heartbeat without news was written");
     let image = hv_types::ImageInfo::file("tiny", hv_types::InstanceType::Vm, 1, std::time::UNIX_EPOCH);

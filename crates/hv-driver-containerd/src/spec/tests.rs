@@ -8,7 +8,15 @@ use super::*;
 fn config() -> InstanceConfig {
     let spec = InstanceSpec { cpu_cores: 2, memory_bytes: 64 << 20, ..InstanceSpec::default() };
     let (id, metadata) = (InstanceId::generate(), Metadata::default());
-    InstanceConfig { id, name: "web".to_owned(), spec, metadata, image: None, rescue_image: None }
+    InstanceConfig {
+        id,
+        name: "web".to_owned(),
+        spec,
+        metadata,
+        image: None,
+        rescue_image: None,
+        devices: None,
+    }
 }
 
 #[test]

@@ -461,6 +461,7 @@ async fn where_containerd_is_not_there_everything_says_so() {
         metadata: hv_types::Metadata::default(),
         image: None,
         rescue_image: None,
+        devices: None,
     };
     let error = driver.create(&config).await.expect_err("created without containerd");
     assert!(matches!(&error, DriverError::Unavailable { .. }) && error.retryable(), "{error:?}");

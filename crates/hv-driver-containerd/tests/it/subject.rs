@@ -106,6 +106,7 @@ impl ContainerdSubject {
             metadata: Metadata::default(),
             image: None,
             rescue_image: None,
+            devices: None,
         }
     }
 

@@ -35,6 +35,7 @@ pub(crate) fn annotated(pairs: &[(&str, &str)]) -> InstanceConfig {
         metadata,
         image: None,
         rescue_image: None,
+        devices: None,
     }
 }
 

@@ -137,7 +137,15 @@ impl FirecrackerSubject {
 
     pub(crate) fn config(&self, name: &str) -> InstanceConfig {
         let (id, spec, metadata) = (InstanceId::generate(), self.spec.clone(), Metadata::default());
-        InstanceConfig { id, name: name.to_owned(), spec, metadata, image: None, rescue_image: None }
+        InstanceConfig {
+            id,
+            name: name.to_owned(),
+            spec,
+            metadata,
+            image: None,
+            rescue_image: None,
+            devices: None,
+        }
     }
 
     /// A guest that counts, as the suite asks it.

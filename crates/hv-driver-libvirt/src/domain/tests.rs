@@ -22,7 +22,7 @@ fn stored(name: &str) -> Stored {
     let spec = InstanceSpec { cpu_cores: 2, memory_bytes: 64 << 20, ..InstanceSpec::default() };
     let id = "one".parse().unwrap();
     let config =
-        InstanceConfig { id, name: name.to_owned(), spec, metadata: Metadata::default(), image: None, rescue_image: None };
+        InstanceConfig { id, name: name.to_owned(), spec, metadata: Metadata::default(), image: None, rescue_image: None, devices: None };
     Stored {
         version: Stored::VERSION,
         config,
@@ -79,4 +79,32 @@ fn a_machine_has_room_to_grow_and_ports_to_plug_into() {
     let ports = devices.all("controller").filter(|c| c.attribute("model") == Some("pcie-root-port"));
     assert_eq!(ports.count(), OWN_PORTS + SPARE_PORTS);
     assert_eq!(domain.at("vcpu").unwrap().attribute("current"), Some("2"));
+}
+
+#[test]
+fn what_the_node_gave_is_attached_and_nothing_else_changes() {
+    let (mut machine, dir) = (stored("x"), InstanceDir::at("/s/one"));
+    let without = describe(&machine, &dir, &node());
+    assert!(["cputune", "memoryBacking", "numatune"].iter().all(|name| without.at(name).is_none()));
+    assert!(without.at("devices/hostdev").is_none());
+    machine.config.devices = Some(hv_types::DeviceGrant {
+        cpus: vec![2, 5],
+        huge_page_bytes: 2 << 20,
+        numa_node: Some(1),
+        huge_pages: 32,
+        pci: vec!["0000:65:00.0".into(), "0000:65:00.1".into()],
+    });
+    let with = describe(&machine, &dir, &node());
+    let pins: Vec<_> = with.at("cputune").unwrap().all("vcpupin").collect();
+    assert_eq!(pins.len(), 2);
+    assert_eq!((pins[1].attribute("vcpu"), pins[1].attribute("cpuset")), (Some("1"), Some("5")));
+    assert_eq!(with.at("memoryBacking/hugepages/page").unwrap().attribute("size"), Some("2097152"));
+    let memory = with.at("numatune/memory").unwrap();
+    assert_eq!((memory.attribute("mode"), memory.attribute("nodeset")), (Some("strict"), Some("1")));
+    let devices = with.at("devices").unwrap();
+    let sound = devices.all("hostdev").nth(1).unwrap().at("source/address").unwrap();
+    let address = ["domain", "bus", "slot", "function"].map(|name| sound.attribute(name).unwrap());
+    assert_eq!(address, ["0x0000", "0x65", "0x00", "0x1"]);
+    let ports = |domain: &Element| domain.at("devices").unwrap().all("controller").count();
+    assert_eq!(ports(&with), ports(&without) + 2, "each device has a port of its own");
 }

@@ -156,7 +156,15 @@ impl LibvirtSubject {
 
     pub(crate) fn config(&self, name: &str) -> InstanceConfig {
         let (id, spec, metadata) = (InstanceId::generate(), self.spec.clone(), Metadata::default());
-        InstanceConfig { id, name: name.to_owned(), spec, metadata, image: None, rescue_image: None }
+        InstanceConfig {
+            id,
+            name: name.to_owned(),
+            spec,
+            metadata,
+            image: None,
+            rescue_image: None,
+            devices: None,
+        }
     }
 
     pub(crate) fn instance_dir(&self, id: &InstanceId) -> PathBuf {

@@ -15,6 +15,7 @@ fn stored(id: &str, name: &str) -> Stored {
         metadata: Metadata::default(),
         image: None,
         rescue_image: None,
+        devices: None,
     };
     let disk = StoredDisk {
         file: "boot.qcow2".into(),
@@ -131,4 +132,26 @@ fn the_rescue_disk_comes_first_and_its_own_disks_keep_their_places() {
     assert!(rescued[0].contains("addr=0x7.0") && rescued[0].ends_with("bootindex=1"), "{}", rescued[0]);
     assert_eq!(rescued[1], own[0].trim_end_matches(",bootindex=1"));
     assert_eq!(rescued[2..], own[1..]);
+}
+
+#[test]
+fn what_the_node_gave_is_attached_and_nothing_else_changes() {
+    let mut stored = stored("x", "n");
+    stored.config.spec.memory_bytes = 64 << 20;
+    let without = list(&stored, Accelerator::Tcg);
+    assert!(after(&without, "-object").is_empty());
+    stored.config.devices = Some(hv_types::DeviceGrant {
+        cpus: vec![2, 3],
+        huge_page_bytes: 2 << 20,
+        numa_node: Some(1),
+        huge_pages: 32,
+        pci: vec!["0000:65:00.0".into()],
+    });
+    let with = list(&stored, Accelerator::Tcg);
+    let memory: Value = serde_json::from_str(after(&with, "-object")[0]).unwrap();
+    assert_eq!((&memory["hugetlbsize"], &memory["host-nodes"]), (&json!(2 << 20), &json!([1])));
+    assert!(after(&with, "-machine")[0].ends_with(",memory-backend=memory0"));
+    let device = after(&with, "-device").into_iter().find(|one| one.contains("vfio-pci")).unwrap();
+    assert_eq!(serde_json::from_str::<Value>(device).unwrap()["host"], "0000:65:00.0");
+    assert_eq!(with.len(), without.len() + 4);
 }

@@ -247,3 +247,43 @@ async fn kvm_is_used_only_where_it_runs_guests() {
         assert!(kvm.message.starts_with("no usable KVM: "), "{}", kvm.message);
     }
 }
+
+/// The processors that the threads of the guest's processors may run on, by the names that QEMU gives them.
+fn processors_of_guest(pid: i32) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten().map(|task| task.path());
+    let guests =
+        tasks.filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("CPU ")));
+    let allowed = guests.filter_map(|task| {
+        let status = fs::read_to_string(task.join("status")).ok()?;
+        Some(status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?.trim().to_owned())
+    });
+    let mut allowed: Vec<_> = allowed.collect();
+    allowed.sort_unstable();
+    allowed
+}
+
+#[tokio::test]
+async fn each_processor_of_the_guest_is_bound_to_the_one_that_was_given_for_it() {
+    let Some(subject) = setup().await else { return };
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
+    let Ok(first) = allowed.split([',', '-']).next().unwrap().parse::<u32>() else { panic!("{allowed}") };
+    let (driver, mut config) = (subject.qemu(), subject.config("pinned"));
+    config.spec.cpu_cores = 1;
+    config.devices = Some(hv_types::DeviceGrant { cpus: vec![first], ..Default::default() });
+    driver.create(&config).await.unwrap();
+    driver.start(&config.id).await.unwrap();
+    assert_eq!(processors_of_guest(subject.pids(&config.id)[0]), [first.to_string()]);
+    // After a stop and a start too; and a processor that is not there is no start.
+    driver.stop(&config.id, StopMode::Force).await.unwrap();
+    driver.start(&config.id).await.unwrap();
+    assert_eq!(processors_of_guest(subject.pids(&config.id)[0]), [first.to_string()]);
+    cleaned(&subject, &driver, &config).await;
+    let mut config = subject.config("nowhere");
+    config.devices = Some(hv_types::DeviceGrant { cpus: vec![1000], ..Default::default() });
+    driver.create(&config).await.unwrap();
+    let refused = driver.start(&config.id).await.unwrap_err();
+    assert!(cause(&refused).contains("1000"), "{refused}: {}", cause(&refused));
+    assert!(subject.pids(&config.id).is_empty());
+    cleaned(&subject, &driver, &config).await;
+}

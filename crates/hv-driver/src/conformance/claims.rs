@@ -96,6 +96,7 @@ macro_rules! driver_conformance {
             logs[logs]: what_is_kept_has_a_bound,
             options[limits]: limits_are_kept_or_refused,
             options[volumes]: a_volume_is_mounted_or_refused,
+            options[devices]: devices_of_the_node_are_taken_or_refused,
             options[user_data]: user_data_is_taken_or_refused,
             options[direct_boot]: a_kernel_is_booted_or_refused,
             options[display]: a_screen_is_served_or_refused,

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use hv_types::DeviceGrant;
 use hv_types::instance::{ResourceLimits, VolumeMount};
 use tokio::io::AsyncReadExt as _;
 
@@ -54,6 +55,30 @@ pub async fn a_volume_is_mounted_or_refused(subject: &dyn Subject) {
     };
     config.spec.volume_mounts.push(volume);
     kept_or_refused(subject, &*driver, &config, Capability::Volumes).await;
+}
+
+/// A processor of this machine for each core.
+pub async fn devices_of_the_node_are_taken_or_refused(subject: &dyn Subject) {
+    let (driver, mut config) = (subject.driver(), config(subject));
+    let takes = can(&*driver, Capability::Devices).await;
+    assert_eq!(driver.takes_devices(), takes, "what it says to the agent is not what it says to users");
+    config.spec.devices.dedicated_cpus = true;
+    if takes {
+        // Never without what its node is to give.
+        let refused = driver.create(&config).await;
+        assert!(matches!(refused, Err(DriverError::InvalidConfig { .. })), "{refused:?}");
+        assert_eq!(driver.observe(&config.id).await.expect("observe"), Observed::Absent);
+        let cpus = vec![a_processor(); config.spec.cpu_cores as usize];
+        config.devices = Some(DeviceGrant { cpus, ..DeviceGrant::default() });
+    }
+    kept_or_refused(subject, &*driver, &config, Capability::Devices).await;
+}
+
+/// One that this process may run on.
+fn a_processor() -> u32 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("status of this process");
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).expect("processors");
+    list.trim().split([',', '-']).next().and_then(|first| first.parse().ok()).expect("a processor")
 }
 
 /// cloud-init, or what the runtime has in its place.

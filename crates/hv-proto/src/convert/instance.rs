@@ -177,6 +177,7 @@ pub fn spec_to(spec: &InstanceSpec) -> v1::InstanceSpec {
             snapshot: origin.snapshot.clone(),
         }),
         rescue: spec.rescue.clone(),
+        devices: super::device::needs_to(&spec.devices),
     }
 }
 
@@ -246,6 +247,7 @@ pub fn spec_from(spec: v1::InstanceSpec) -> Result<InstanceSpec, Invalid> {
         health_check: spec.health_check.map(health_check_from),
         clone_of: spec.clone_of.map(clone_of_from).transpose()?,
         rescue: spec.rescue,
+        devices: super::device::needs_from(spec.devices)?,
     })
 }
 

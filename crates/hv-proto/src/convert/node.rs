@@ -2,6 +2,7 @@
 
 use std::time::SystemTime;
 
+use hv_types::device::Amounts;
 use hv_types::node::{DEFAULT_DRAIN_PARALLEL, Fencing, Schedulability};
 use hv_types::placement::Overcommit;
 use hv_types::{
@@ -10,6 +11,7 @@ use hv_types::{
 };
 
 use super::common::{clamp_i64, from_timestamp, resources_from, resources_to, to_timestamp, unsigned};
+use super::device::{inventory_from, inventory_to, with_promised};
 use super::instance::{instance_type_from, instance_type_to, metadata_from, metadata_to};
 use super::placement::{overcommit_from, overcommit_to, taint_from, taint_to};
 use super::{RECORD_SCHEMA, RecordError, check_schema};
@@ -22,6 +24,8 @@ pub struct NodeView {
     pub status: NodeStatus,
     /// What its instances were promised.
     pub allocated: Resources,
+    /// What of its devices they were promised.
+    pub devices: Amounts,
     /// How many there are.
     pub instance_count: usize,
     /// Its last heartbeat, if this server saw one.
@@ -251,6 +255,7 @@ pub fn node_from_registration(request: v1::RegisterNodeRequest) -> Result<NodeRe
         metadata: metadata_from(request.metadata),
         drivers,
         images: request.images.into_iter().map(image_from).collect::<Result<_, _>>()?,
+        devices: inventory_from(request.devices)?,
         agent_version: request.agent_version,
         created_at: now,
         registered_at: now,
@@ -288,6 +293,7 @@ pub fn node_to(record: &NodeRecord, view: &NodeView, with_images: bool) -> v1::N
         lost_since: view.lost_since.map(to_timestamp),
         supported_instance_types: types.map(|t| t.name().to_owned()).collect(),
         images: if with_images { images_of(record) } else { Vec::new() },
+        devices: with_promised(inventory_to(&record.devices), record, &view.devices),
         ..node_base(record)
     }
 }
@@ -313,6 +319,7 @@ fn node_base(record: &NodeRecord) -> v1::Node {
         created_at: Some(to_timestamp(record.created_at)),
         revision: record.revision.0,
         drivers: record.drivers.iter().map(driver_to).collect(),
+        devices: inventory_to(&record.devices),
         agent_version: record.agent_version.clone(),
         taints: record.taints.iter().map(taint_to).collect(),
         overcommit: Some(overcommit_to(record.overcommit)),
@@ -387,6 +394,7 @@ pub fn node_from_record(value: store::NodeRecord, revision: Revision) -> Result<
         metadata: metadata_from(node.metadata),
         drivers: node.drivers.into_iter().map(driver_from).collect::<Result<_, _>>()?,
         images: node.images.into_iter().map(image_from).collect::<Result<_, _>>()?,
+        devices: inventory_from(node.devices)?,
         agent_version: node.agent_version,
         created_at: node.created_at.as_ref().map_or(SystemTime::UNIX_EPOCH, from_timestamp),
         registered_at: value.registered_at.as_ref().map_or(SystemTime::UNIX_EPOCH, from_timestamp),

@@ -1,6 +1,7 @@
 //! Tests of the scheduler through its public interface.
 
 mod claims;
+mod devices;
 mod explain;
 mod model;
 mod others;

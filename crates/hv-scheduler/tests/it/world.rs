@@ -48,6 +48,7 @@ pub(crate) fn node(name: &str, cores: u32, memory_mib: u64) -> NodeView {
         zone: "z1".into(),
         labels: labels(&[("hypervisor/hostname", name)]),
         taints: Vec::new(),
+        devices: Default::default(),
         schedulable: Resources { disk_bytes: 1 << 40, ..amount(cores, memory_mib) },
     }
 }

@@ -4,6 +4,7 @@ mod capacity;
 mod chaos;
 mod clones;
 mod crash;
+mod devices;
 mod disks;
 mod images;
 mod life;

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Environment, InstanceType};
+use crate::device::{Amounts, DeviceNeeds};
 use crate::id::InstanceId;
 use crate::resources::{MIB, Resources};
 use crate::validate::{self, Invalid};
@@ -81,6 +82,9 @@ pub struct InstanceSpec {
     /// What it is made from instead of its image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clone_of: Option<Box<CloneOrigin>>,
+    /// What of its node it has for itself.
+    #[serde(default)]
+    pub devices: DeviceNeeds,
 }
 
 /// The snapshot of another instance that one is made from; it lies on the node of that one.
@@ -265,6 +269,12 @@ impl InstanceSpec {
         }
     }
 
+    /// What of its node's devices is to be counted.
+    #[must_use]
+    pub fn device_amounts(&self) -> Amounts {
+        self.devices.amounts(self.cpu_cores, self.memory_bytes)
+    }
+
     /// Checks what a user wrote.
     ///
     /// # Errors
@@ -284,6 +294,7 @@ impl InstanceSpec {
         self.validate_disks()?;
         validate::text("spec.user_data", &self.user_data, MAX_USER_DATA_BYTES)?;
         self.validate_kind(instance_type)?;
+        self.devices.validate(instance_type, self.memory_bytes)?;
         if self.volume_mounts.len() > MAX_DISKS {
             let expected = format!("must have at most {MAX_DISKS} entries");
             return Err(Invalid::new("spec.volume_mounts", self.volume_mounts.len(), expected));

@@ -21,6 +21,7 @@ fn order(generation: u64, wanted: Wanted, restart_generation: u64) -> Order {
             metadata: Default::default(),
             image: None,
             rescue_image: None,
+            devices: None,
         },
         instance_type: InstanceType::Vm,
         epoch: Epoch(1),

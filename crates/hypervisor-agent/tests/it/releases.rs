@@ -70,6 +70,7 @@ async fn stray(node: &Node, id: &str) {
         metadata: Default::default(),
         image: None,
         rescue_image: None,
+        devices: None,
     };
     driver.create(&config).await.unwrap();
     driver.start(&config.id).await.unwrap();

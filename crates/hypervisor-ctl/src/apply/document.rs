@@ -248,6 +248,7 @@ struct Spec {
     working_dir: Option<String>,
     #[serde(alias = "healthCheck")]
     health_check: Option<v1::HealthCheck>,
+    devices: Option<v1::DeviceNeeds>,
     /// Part of what is printed of an instance in rescue; it is set by a command of its own.
     #[serde(default, rename = "rescue", deserialize_with = "ignored")]
     _rescue: (),
@@ -431,6 +432,7 @@ impl Spec {
             ("user", self.user.is_some()),
             ("workingDir", self.working_dir.is_some()),
             ("healthCheck", self.health_check.is_some()),
+            ("devices", self.devices.is_some()),
         ]
         .into_iter()
         .filter_map(|(name, given)| given.then_some(name))
@@ -467,6 +469,7 @@ impl Spec {
             // Only `instance clone` makes instances from snapshots.
             clone_of: None,
             rescue: String::new(),
+            devices: self.devices,
         }
     }
 }

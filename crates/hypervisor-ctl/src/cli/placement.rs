@@ -67,6 +67,15 @@ pub struct KindArgs {
     /// Give a virtual machine a trusted platform module of its own
     #[arg(long)]
     pub tpm: bool,
+    /// Give each core of a virtual machine a processor of its node that no other instance gets
+    #[arg(long)]
+    pub dedicated_cpus: bool,
+    /// Size of the huge pages that a virtual machine's memory lies in, as 2MiB or 1GiB
+    #[arg(long, value_name = "SIZE")]
+    pub hugepages: Option<ByteSize>,
+    /// PCI device for a virtual machine, vendor:device as 10de:2204, with =COUNT for several; can be repeated
+    #[arg(long, value_name = "KIND", value_parser = super::value::pci_need)]
+    pub device: Vec<v1::PciNeed>,
     /// Whom a container runs as: uid or uid:gid [default: the image's user; 65534 where it names none]
     #[arg(long, value_name = "USER")]
     pub user: Option<String>,

@@ -257,6 +257,15 @@ pub(super) fn taint(text: &str) -> Result<v1::Taint, String> {
     Ok(v1::Taint { key: key.to_owned(), value: value.to_owned(), effect: effect.into() })
 }
 
+pub(super) fn pci_need(text: &str) -> Result<v1::PciNeed, String> {
+    const EXPECTED: &str =
+        "expected vendor and device with four hexadecimal digits each, as 10de:2204 or 10de:2204=2";
+    let (model, count) = text.split_once('=').unwrap_or((text, "1"));
+    let model: hv_types::device::Model = model.parse().map_err(|_| EXPECTED.to_owned())?;
+    let count = count.parse().ok().filter(|count| *count > 0).ok_or(EXPECTED)?;
+    Ok(v1::PciNeed { model: model.to_string(), count })
+}
+
 pub(super) fn overcommit(text: &str) -> Result<v1::Overcommit, String> {
     const EXPECTED: &str = "expected percents, as cpu=400,memory=120,disk=100";
     let mut overcommit = v1::Overcommit { cpu_percent: 100, memory_percent: 100, disk_percent: 100 };

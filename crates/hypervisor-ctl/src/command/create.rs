@@ -192,8 +192,19 @@ fn of_kind(kind: &KindArgs) -> v1::InstanceSpec {
         read_only_root: kind.read_only,
         limits: kind.pids_limit.map(|pids| v1::ResourceLimits { pids, ..Default::default() }),
         health_check,
+        devices: devices(kind),
         ..Default::default()
     }
+}
+
+/// What it is to have for itself; absent where it is nothing.
+fn devices(kind: &KindArgs) -> Option<v1::DeviceNeeds> {
+    let needs = v1::DeviceNeeds {
+        dedicated_cpus: kind.dedicated_cpus,
+        huge_page_bytes: kind.hugepages.map_or(0, |size| size.bytes()),
+        pci: kind.device.clone(),
+    };
+    (needs != v1::DeviceNeeds::default()).then_some(needs)
 }
 
 /// The rules beyond node, region, zone and labels; absent where there are none.

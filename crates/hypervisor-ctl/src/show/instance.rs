@@ -54,7 +54,7 @@ impl InstanceTable {
             if self.wide { escape(&instance.id) } else { short_id(&instance.id, self.id_chars) }.into(),
             escape(&instance.name).into(),
             type_name(instance.r#type()).into(),
-            Cell::toned(&state_shown(instance), tone(instance.state())),
+            Cell::toned(state_shown(instance), tone(instance.state())),
             if self.wide { escape(&instance.node_id) } else { short_id(&instance.node_id, self.id_chars) }
                 .into(),
             escape(&instance.ip_address).into(),
@@ -209,6 +209,16 @@ fn describe_spec(page: &mut Page, spec: &v1::InstanceSpec) {
     page.some(1, "Arguments", words(&spec.args));
     if !spec.user_data.is_empty() {
         page.line(1, "User data", size(i64::try_from(spec.user_data.len()).unwrap_or(i64::MAX)));
+    }
+    if let Some(needs) = &spec.devices {
+        let mut parts = Vec::new();
+        parts.extend(needs.dedicated_cpus.then(|| "dedicated processors".to_owned()));
+        if needs.huge_page_bytes > 0 {
+            parts
+                .push(format!("pages of {}", size(i64::try_from(needs.huge_page_bytes).unwrap_or(i64::MAX))));
+        }
+        parts.extend(needs.pci.iter().map(|need| format!("{} of {}", need.count, escape(&need.model))));
+        page.some(1, "For itself", parts.join(", "));
     }
     if let Some(check) = &spec.health_check {
         page.some(1, "Health check", words(&check.command));

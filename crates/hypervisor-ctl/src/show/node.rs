@@ -143,6 +143,7 @@ pub(crate) fn describe(node: &v1::Node, output: Output, now: SystemTime) -> Page
             format!("{:.1} cores, {} memory", usage.cpu_usage_percent / 100.0, size(usage.memory_used_bytes));
         page.line(1, "In use", format!("{used}, {} disk", size(usage.disk_used_bytes)));
     }
+    describe_devices(&mut page, node, output);
     pairs(&mut page, 0, "Labels", node.metadata.as_ref().map(|metadata| &metadata.labels));
     pairs(&mut page, 0, "Annotations", node.metadata.as_ref().map(|metadata| &metadata.annotations));
     describe_health(&mut page, node, output, now);
@@ -152,6 +153,39 @@ pub(crate) fn describe(node: &v1::Node, output: Output, now: SystemTime) -> Page
 /// As much as there is.
 const NO_OVERCOMMIT: v1::Overcommit =
     v1::Overcommit { cpu_percent: 100, memory_percent: 100, disk_percent: 100 };
+
+/// What it gives to one instance at a time, and what of that is promised.
+fn describe_devices(page: &mut Page, node: &v1::Node, output: Output) {
+    let Some(devices) = &node.devices else { return };
+    page.heading(0, "Devices");
+    for amount in &devices.amounts {
+        let free = amount.total.saturating_sub(amount.allocated);
+        page.line(1, &escape(&amount.kind), format!("{free} of {} free", amount.total));
+    }
+    if devices.pci.is_empty() {
+        return;
+    }
+    let mut table =
+        Table::new(vec!["ADDRESS", "KIND", "CLASS", "NUMA", "GROUP", "DRIVER", "USABLE"], output.colours);
+    let number = |number: Option<u32>| number.map(|number| number.to_string()).unwrap_or_default();
+    let row = |device: &v1::NodePciDevice| {
+        let usable = if device.unusable.is_empty() {
+            Cell::toned("yes", Tone::Good)
+        } else {
+            Cell::toned(escape(&format!("no: {}", device.unusable)), Tone::Bad)
+        };
+        vec![
+            escape(&device.address).into(),
+            escape(&device.model).into(),
+            format!("{:06x}", device.class).into(),
+            number(device.numa_node).into(),
+            number(device.iommu_group).into(),
+            escape(&device.driver).into(),
+            usable,
+        ]
+    };
+    page.block(1, &table.render(&devices.pci.iter().map(row).collect::<Vec<_>>()));
+}
 
 /// What the operator decided, and how a loss of the node would go.
 fn describe_decisions(page: &mut Page, node: &v1::Node) {

@@ -9,7 +9,9 @@ use hv_cluster::{Cluster, Done};
 use hv_proto::v1::cluster_service_server::ClusterService;
 use hv_proto::{convert, v1};
 use hv_types::node::Schedulability;
-use hv_types::{ClusterId, InstanceId, InstanceState, Invalid, NodeId, NodeStatus, Revision};
+use hv_types::{
+    ClusterId, DeviceInventory, InstanceId, InstanceState, Invalid, NodeId, NodeStatus, Revision,
+};
 use pbjson_types::Empty;
 use tonic::{Request, Response, Status};
 
@@ -339,9 +341,16 @@ fn inventory(request: &v1::HeartbeatRequest) -> Result<Inventory, Status> {
                 .collect::<Result<_, _>>()?,
             drivers: request.drivers.iter().cloned().map(convert::driver_from).collect::<Result<_, _>>()?,
             images: request.images.iter().cloned().map(convert::image_from).collect::<Result<_, _>>()?,
+            devices: devices(request.devices.clone())?,
         })
     };
     read().map_err(refuse)
+}
+
+fn devices(devices: Option<v1::NodeDevices>) -> Result<DeviceInventory, Invalid> {
+    let inventory = convert::inventory_from(devices)?;
+    inventory.validate()?;
+    Ok(inventory)
 }
 
 /// A watch of nodes.

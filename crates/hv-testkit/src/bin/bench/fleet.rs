@@ -271,6 +271,7 @@ fn node_record(index: usize) -> NodeRecord {
             images_are_local: false,
         }],
         images: Vec::new(),
+        devices: Default::default(),
         agent_version: "1".into(),
         created_at: SystemTime::now(),
         registered_at: SystemTime::now(),
