@@ -162,7 +162,7 @@ async fn what_is_given_up_is_there_for_others_once_the_node_has_taken_it_away() 
     update(&server, &id, cores(1)).await.unwrap();
     let shrunk = server.get(&id).await;
     assert_eq!((shrunk.spec.cpu_cores, shrunk.resources().cpu_cores), (1, 4));
-    let mut said = report(&*shrunk, InstanceState::Running);
+    let mut said = report(&shrunk, InstanceState::Running);
     said.update_note = "cores wait".into();
     server.report_one(&n1, said.clone()).await;
     let noted = until("the note", async || {
