@@ -31,6 +31,8 @@ instance list
 instance logs
 instance migrate
 instance pause
+instance rename
+instance rescue
 instance restart
 instance resume
 instance snapshot create
@@ -40,6 +42,7 @@ instance snapshot revert
 instance start
 instance stats
 instance stop
+instance unrescue
 instance update
 man
 microvm …
