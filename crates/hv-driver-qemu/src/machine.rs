@@ -254,6 +254,7 @@ impl Machine {
             }
             Some(live) => match live.status().await {
                 Status::Running => Ok(()),
+                Status::Still if migration::keeps_still(self).map_err(self.failed("start"))? => Ok(()),
                 Status::Still => refused("it is paused; resume it"),
                 Status::Waiting => refused("it waits for what another node hands over"),
                 Status::HandedOver => refused("it was handed over to another node"),
@@ -453,6 +454,11 @@ impl Machine {
         if migration::is_handed_over(self, Some(&live)).await.map_err(self.failed(operation))? {
             return Err(DriverError::wrong_state(&self.id, operation, "it was handed over to another node"));
         }
+        // For others it runs, and it must not go on before that is over.
+        if migration::goes_on(self).map_err(self.failed(operation))? {
+            let reason = "it is being handed over to another node; wait for that, or abort it";
+            return if pause { Err(DriverError::wrong_state(&self.id, operation, reason)) } else { Ok(()) };
+        }
         match live.status().await {
             Status::Waiting if pause => return Ok(()),
             Status::Waiting if !migration::target::has_arrived(&live).await => {
@@ -477,7 +483,8 @@ impl Machine {
             return Ok(Observed::HandedOver);
         }
         if let Some(live) = live {
-            let is_paused = matches!(live.status().await, Status::Still | Status::Waiting);
+            let is_paused = matches!(live.status().await, Status::Still | Status::Waiting)
+                && !migration::keeps_still(self).map_err(self.failed("observe"))?;
             // It may have ended while it was asked.
             if !live.has_ended() {
                 let since: SystemTime = live.run.since();

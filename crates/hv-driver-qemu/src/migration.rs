@@ -15,6 +15,10 @@
 //! was handed over is on disk before anybody is told, hence a machine of which it was told never runs here again by
 //! itself, even if its QEMU is gone.
 //!
+//! # Emulated guests
+//! Those stand still from before their memory is sent: QEMU's emulator loses writes of a guest that runs meanwhile (seen with
+//! 7.2: decision 0038).
+//!
 //! # Caveats
 //! Both machines must be alike in every device. A machine that was changed while it ran may differ from one that is
 //! made anew of the same specification; it is refused until it was restarted.
@@ -25,7 +29,7 @@ use hv_driver::{MigrateRequest, MigrationPhase, MigrationStatus, Storage};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::files::{InstanceDir, KEYS, OUTGOING, Stored, write_atomically};
+use crate::files::{InstanceDir, KEYS, OUTGOING, Stored, now_ms, write_atomically};
 use crate::live::{Live, Status};
 use crate::machine::Machine;
 use crate::platform::{Accelerator, Platform};
@@ -69,6 +73,9 @@ pub(crate) struct Outgoing {
     memory_begun: bool,
     /// What the disks came to.
     disk_bytes: u64,
+    /// Since when its guest is kept standing still for it, in milliseconds since 1970: one that QEMU emulates.
+    #[serde(default)]
+    still_since_ms: Option<u64>,
     status: MigrationStatus,
 }
 
@@ -80,7 +87,7 @@ impl Outgoing {
         };
         let migration = request.migration.clone();
         let status = MigrationStatus { migration, phase, done_bytes: 0, total_bytes: 0, downtime: None };
-        Self { request: request.clone(), memory_begun: false, disk_bytes: 0, status }
+        Self { request: request.clone(), memory_begun: false, disk_bytes: 0, still_since_ms: None, status }
     }
 
     pub(crate) fn read(dir: &InstanceDir) -> Outcome<Option<Self>> {
@@ -131,6 +138,12 @@ pub(crate) fn goes_on(machine: &Machine) -> Outcome<bool> {
     Ok(Outgoing::read(&machine.dir)?.is_some_and(|outgoing| outgoing.goes_on()))
 }
 
+/// Whether a machine stands still only because it is being handed over.
+pub(crate) fn keeps_still(machine: &Machine) -> Outcome<bool> {
+    let outgoing = Outgoing::read(&machine.dir)?;
+    Ok(outgoing.is_some_and(|outgoing| outgoing.goes_on() && outgoing.still_since_ms.is_some()))
+}
+
 /// Whether a machine was handed over. If so that is on disk afterwards.
 pub(crate) async fn is_handed_over(machine: &Machine, live: Option<&Live>) -> Outcome<bool> {
     let Some(outgoing) = Outgoing::read(&machine.dir)? else { return Ok(false) };
@@ -141,11 +154,16 @@ pub(crate) async fn is_handed_over(machine: &Machine, live: Option<&Live>) -> Ou
     if live.status().await != Status::HandedOver {
         return Ok(false);
     }
-    let told = live.monitor.command("query-migrate", None).await.unwrap_or_default();
+    let told = live.monitor.command("query-migrate", None).await?;
+    // A guest that stood still before its memory was sent is in that state after a failure too (migration_iteration_finish).
+    if told["status"] != "completed" {
+        return Ok(false);
+    }
     Outgoing::note(machine, |outgoing| {
         outgoing.account(&told);
         outgoing.status.phase = MigrationPhase::HandedOver;
-        outgoing.status.downtime = told["downtime"].as_u64().map(Duration::from_millis);
+        let since_still = outgoing.still_since_ms.map(|since| now_ms().saturating_sub(since));
+        outgoing.status.downtime = since_still.or(told["downtime"].as_u64()).map(Duration::from_millis);
         true
     })?;
     Ok(true)

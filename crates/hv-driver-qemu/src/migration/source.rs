@@ -8,8 +8,8 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::transfer::{self, LOOK_INTERVAL};
-use super::{CREDENTIALS, Outgoing, Waiting, give_key, goes_on, hardware, is_handed_over};
-use crate::files::{KEYS, SNAPSHOTS, STARTED, Stored};
+use super::{CREDENTIALS, Outgoing, Waiting, give_key, goes_on, hardware, is_handed_over, keeps_still};
+use crate::files::{KEYS, SNAPSHOTS, STARTED, Stored, now_ms};
 use crate::live::{Live, Status};
 use crate::machine::Machine;
 use crate::platform::Platform;
@@ -162,19 +162,20 @@ async fn hand_over(machine: &Machine, live: &Live) -> Outcome<()> {
         }
         outgoing.disk_bytes = transfer::look_at_copies(live, &stored).await?.done_bytes;
         outgoing.memory_begun = true;
+        outgoing.still_since_ms = is_emulated(live).await?.then(now_ms);
         outgoing.status.phase = MigrationPhase::Memory;
         let begun = outgoing.clone();
         Outgoing::note(machine, |outgoing| {
             *outgoing = begun;
             true
         })?;
-        transfer::send_memory(live, &waiting, &outgoing).await?;
+        send_memory(live, &waiting, &outgoing).await?;
     }
     loop {
         let told = live.monitor.command("query-migrate", None).await?;
         match told["status"].as_str().unwrap_or("none") {
             // Asked for, and not begun when somebody died.
-            "none" => transfer::send_memory(live, &waiting, &outgoing).await?,
+            "none" => send_memory(live, &waiting, &outgoing).await?,
             "pre-switchover" => {
                 transfer::finish_copies(live).await?;
                 let go_on = json!({ "state": "pre-switchover" });
@@ -202,6 +203,19 @@ async fn hand_over(machine: &Machine, live: &Live) -> Outcome<()> {
     }
 }
 
+async fn send_memory(live: &Live, waiting: &Waiting, outgoing: &Outgoing) -> Outcome<()> {
+    if outgoing.still_since_ms.is_some() {
+        live.monitor.command("stop", None).await?;
+    }
+    transfer::send_memory(live, waiting, outgoing).await
+}
+
+/// Whether QEMU emulates the guest's processors, whatever this agent would have it do now.
+async fn is_emulated(live: &Live) -> Outcome<bool> {
+    let kvm = live.monitor.command("query-kvm", None).await?;
+    Ok(kvm["enabled"] != true)
+}
+
 /// Mirrors that go on use the key, so it is given only where there are none.
 async fn give_key_once(machine: &Machine, live: &Live, waiting: &Waiting) -> Outcome<()> {
     let objects = live.monitor.command("qom-list", Some(json!({ "path": "/objects" }))).await?;
@@ -216,7 +230,7 @@ async fn give_key_once(machine: &Machine, live: &Live, waiting: &Waiting) -> Out
     }
 }
 
-/// Notes why it failed. The machine runs on; QEMU sees to that itself.
+/// Notes why it failed. The machine runs on.
 async fn give_up(machine: &Machine, live: &Live, problem: &Problem) {
     let cause = std::error::Error::source(problem).map(|cause| format!(": {cause}")).unwrap_or_default();
     let reason = format!("{problem}{cause}");
@@ -226,11 +240,12 @@ async fn give_up(machine: &Machine, live: &Live, problem: &Problem) {
             return Ok(());
         }
         if !live.has_ended() {
-            stop_transfer(live).await?;
+            stop_transfer(machine, live).await?;
             // It may have been complete before it could be given up.
             if is_handed_over(machine, Some(live)).await? {
                 return Ok(());
             }
+            run_on(machine, live).await?;
         }
         note_failure(machine, reason)
     };
@@ -240,8 +255,17 @@ async fn give_up(machine: &Machine, live: &Live, problem: &Problem) {
     }
 }
 
+/// QEMU lets a machine go on by itself if it ran when its memory began to be sent.
+async fn run_on(machine: &Machine, live: &Live) -> Outcome<()> {
+    match keeps_still(machine)? {
+        true => live.monitor.command("cont", None).await.map(drop),
+        false => Ok(()),
+    }
+}
+
 /// Ends the transfer of memory and of disks, wherever they are.
-async fn stop_transfer(live: &Live) -> Outcome<()> {
+async fn stop_transfer(machine: &Machine, live: &Live) -> Outcome<()> {
+    let stands_for_it = keeps_still(machine)?;
     transfer::cut(live).await;
     let begun = Instant::now();
     let cancel = async {
@@ -253,7 +277,7 @@ async fn stop_transfer(live: &Live) -> Outcome<()> {
                 // (QEMU 7.2, migration_maybe_pause: the state changes first, so nobody wakes it). One more wake-up frees
                 // it, and does no harm where it does not wait: the next migration takes back what is left over.
                 "cancelling" => {
-                    if begun.elapsed() > CONFIRM_TIMEOUT && runs(live).await? {
+                    if begun.elapsed() > CONFIRM_TIMEOUT && (stands_for_it || runs(live).await?) {
                         return Ok(());
                     }
                     let wake = json!({ "state": "cancelling" });
@@ -284,10 +308,11 @@ pub(crate) async fn settle(machine: &Arc<Machine>, live: &Live) -> Outcome<()> {
         return Ok(());
     }
     nobody_drives(machine).await;
-    stop_transfer(live).await?;
+    stop_transfer(machine, live).await?;
     if is_handed_over(machine, Some(live)).await? {
         return Ok(());
     }
+    run_on(machine, live).await?;
     note_failure(machine, "the machine was stopped".to_owned())
 }
 
@@ -322,7 +347,7 @@ pub(crate) async fn abort(machine: &Arc<Machine>) -> Result<()> {
         return Ok(());
     };
     if let Some(live) = &live {
-        stop_transfer(live).await.map_err(failed())?;
+        stop_transfer(machine, live).await.map_err(failed())?;
         // A machine whose transfer ended early goes on by itself; one that was handed over does not.
         live.monitor.command("cont", None).await.map_err(failed())?;
         // What is not there need not go.

@@ -273,6 +273,27 @@ async fn whatever_fails_exactly_one_copy_runs_and_counts_on() {
     }
 }
 
+/// QEMU's emulator would lose what its guest writes meanwhile. Nobody takes that for a pause, and nobody ends it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_emulated_machine_stands_still_while_its_memory_is_sent_and_goes_on_when_that_is_given_up() {
+    let Some(subject) = two_nodes().await else { return };
+    let (nodes, mut request) = begin(&subject, Storage::Shared).await;
+    let id = &nodes.config.id;
+    request.bandwidth_limit = BANDWIDTH / 8;
+    let before = count(nodes.source(), &nodes.config).await;
+    nodes.source().migrate(id, &request).await.expect("migrate");
+    nodes.reaches(Phase::Memory).await;
+    nodes.source().resume(id).await.expect("resume what runs");
+    let refused = nodes.source().pause(id).await.expect_err("it was paused");
+    assert!(refused.to_string().contains("handed over"), "{refused}");
+    assert!(runs(nodes.source(), &nodes.config).await);
+    assert_eq!(nodes.phase().await, MigrationPhase::Memory, "too fast to see anything");
+    nodes.target().delete(id).await.expect("give it up");
+    nodes.source().abort_migration(id).await.expect("abort");
+    assert!(count(nodes.source(), &nodes.config).await >= before);
+    cleaned(&subject, nodes.source(), &nodes.config).await;
+}
+
 /// The target takes nothing in from whoever has another key, and goes on waiting.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_has_another_key_is_turned_away() {
