@@ -34,7 +34,7 @@ impl<M> Found<M> {
 /// Refuses a record of an instance that is of a version above the one that is known.
 ///
 /// # Errors
-/// [`DriverError::Invalid`], with the remedy.
+/// [`DriverError::InvalidConfig`], with the remedy.
 pub fn check_version(id: &InstanceId, version: u32, known: u32) -> Result<()> {
     if version > known {
         let reason = format!("it was made by a newer version of the agent ({version}); run that one");
